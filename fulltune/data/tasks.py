@@ -1,0 +1,118 @@
+"""Tasks: what a record must hold, what an example is, and the settings that name the data.
+
+A *record* is a raw row of a file; an *example* is one instance of a task, before tokens. The three
+example types below are all that the objectives see of the data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatExample:
+    """A conversation; its assistant turns are what is trained on."""
+
+    messages: tuple[Message, ...]
+    where: str
+    """File and line, for messages to the user: ``train.jsonl:17``."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextExample:
+    """A document for continued causal training; every token is a target."""
+
+    text: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClassificationExample:
+    """A text, or a pair of texts, with one label. ``label`` is None only when predicting."""
+
+    text: str
+    text_pair: str | None
+    label: str | None
+    where: str
+
+
+Example: TypeAlias = ChatExample | TextExample | ClassificationExample
+TaskKind: TypeAlias = Literal["chat", "text", "classification"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a kind of task reads, trains and reports."""
+
+    kind: TaskKind
+    summary: str
+    fields: tuple[str, ...]
+    """Columns a record must have, unless a chat format of the field is recognised instead."""
+    optional_fields: tuple[str, ...]
+    metrics: tuple[str, ...]
+    """Metrics of an evaluation, the first being the default for early stopping."""
+
+
+TASKS: dict[TaskKind, Task] = {
+    "chat": Task(
+        kind="chat",
+        summary="conversations; the assistant's turns are trained",
+        fields=("messages",),
+        optional_fields=(),
+        metrics=("loss", "perplexity"),
+    ),
+    "text": Task(
+        kind="text",
+        summary="documents; every token is trained (continued causal training)",
+        fields=("text",),
+        optional_fields=(),
+        metrics=("loss", "perplexity", "bits_per_byte"),
+    ),
+    "classification": Task(
+        kind="classification",
+        summary="one label for a text or a pair of texts",
+        fields=("text", "label"),
+        optional_fields=("text_pair",),
+        metrics=("loss", "accuracy", "macro_f1", "matthews"),
+    ),
+}
+
+
+class TaskConfig(BaseModel):
+    """The task: its kind, its data, and how rows are read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: TaskKind
+    """What is trained: `chat`, `text` or `classification`."""
+    train: str | tuple[str, ...]
+    """Training data: a file, a folder, `asset:NAME`, or a Hub data set `hub:OWNER/NAME[:SPLIT]`; or a list of these."""
+    validation: str | None = "5%"
+    """Held-out data: a share (`5%`), a number (`500 examples`), a source like `train`, or null for none."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification"] = "auto"
+    """How rows are laid out; `auto` recognises it from the first rows and says so."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our field name -> the column's name in the data, e.g. `{text: question, label: class}`."""
+    labels: tuple[str, ...] | None = None
+    """Classification: the labels in order; null takes the sorted labels of the training split."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Longest example in tokens; null is the model's context length."""
+    too_long: Literal["error", "truncate", "drop"] = "error"
+    """What happens to an example longer than `max_length`; `text` documents are always cut into windows instead, losing nothing."""
+    template: str | None = None
+    """Chat: a Jinja file, or `chatml`, for a model without a chat template; null uses the model's own."""
+    deduplicate: bool = False
+    """Drop examples that repeat an earlier one exactly."""
