@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from fulltune.config import Settings
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 
@@ -91,10 +93,8 @@ TASKS: dict[TaskKind, Task] = {
 }
 
 
-class TaskConfig(BaseModel):
+class TaskConfig(Settings):
     """The task: its kind, its data, and how rows are read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: TaskKind
     """What is trained: `chat`, `text` or `classification`."""

@@ -1,0 +1,351 @@
+"""Settings: YAML and `key=value` read into frozen pydantic models, and written back.
+
+Nothing else in the package reads a file of settings; everything else receives typed values. Each
+settings class stands beside the code that reads it, and a recipe's class only composes them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from fulltune.errors import ConfigError
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, no unknown keys, meanings as docstrings under the fields."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        arbitrary_types_allowed=True,
+        allow_inf_nan=False,
+    )
+
+
+# -- quantities: a number with its unit ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number with its unit, as it is written in a settings file: `3 epochs`, `5%`."""
+
+    value: float
+    unit: str
+
+    def __str__(self) -> str:
+        number = f"{self.value:.12g}"
+        return f"{number}%" if self.unit == "%" else f"{number} {self.unit}"
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units a setting accepts; shown by `fulltune settings`."""
+
+    names: tuple[str, ...]
+
+    def parse(self, value: object) -> Quantity:
+        """Read `32768 tokens`; a singular unit is accepted, a missing or foreign one is not."""
+        if isinstance(value, Quantity):
+            text = str(value)
+        elif isinstance(value, str | int | float) and not isinstance(value, bool):
+            text = str(value)
+        else:
+            raise ValueError(f"must be a number with a unit, such as {self.example()}")
+        match = re.fullmatch(r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([^\s0-9]*)\s*", text)
+        if match is None:
+            raise ValueError(f"must be a number with a unit, such as {self.example()}")
+        number, unit = float(match[1].replace("_", "").replace(",", "")), match[2]
+        known = {name.lower(): name for name in self.names}
+        known |= {name.lower().removesuffix("s"): name for name in self.names}
+        if unit.lower() not in known:
+            said = f"`{unit}` is not a unit here" if unit else "has no unit"
+            raise ValueError(f"{said}; write {self.example()}")
+        if not math.isfinite(number) or number < 0:
+            raise ValueError("must be a finite number that is not negative")
+        return Quantity(number, known[unit.lower()])
+
+    def example(self) -> str:
+        """What one may write, as a phrase."""
+        numbers = {"epochs": "3", "steps": "500", "tokens": "32768", "examples": "64", "%": "5"}
+        words = [
+            f"`{numbers.get(name, '20')}{'' if name == '%' else ' '}{name}`" for name in self.names
+        ]
+        return " or ".join(words)
+
+
+def _quantity(*names: str) -> tuple[Units, BeforeValidator, PlainSerializer]:
+    units = Units(names)
+    return units, BeforeValidator(units.parse), PlainSerializer(str, return_type=str)
+
+
+def _positive(quantity: Quantity) -> Quantity:
+    if quantity.value <= 0:
+        raise ValueError("must be more than zero")
+    return quantity
+
+
+_DURATION = _quantity("epochs", "steps", "tokens")
+_BATCH = _quantity("tokens", "examples")
+_PERIOD = _quantity("steps", "epochs")
+_WARMUP = _quantity("%", "steps")
+
+Duration = Annotated[Quantity, *_DURATION, AfterValidator(_positive)]
+"""How long to train: `3 epochs`, `500 steps` or `2e9 tokens`."""
+BatchSize = Annotated[Quantity, *_BATCH, AfterValidator(_positive)]
+"""How much one optimizer step sees: `32768 tokens` or `64 examples`."""
+Period = Annotated[Quantity, *_PERIOD, AfterValidator(_positive)]
+"""How often: `100 steps` or `1 epoch`."""
+Warmup = Annotated[Quantity, *_WARMUP]
+"""A share of all steps, `3%`, or a number, `100 steps`."""
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def load_config(settings: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
+    """Build ``settings`` from its defaults, then the file, then the overrides, in that order.
+
+    Args:
+        settings: the settings class of a recipe.
+        path: a YAML file holding only what differs from the defaults, or None.
+        overrides: ``section.key=value`` strings, the value in YAML syntax.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, or a value is not possible; the
+            message names the key, the nearest valid one, and what is possible.
+    """
+    values = read_yaml(path) if path else {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"`{override}` is not a setting", hint=f"write `{override}=VALUE`"
+            )
+        section = values
+        *parents, leaf = key.strip().split(".")
+        for depth, parent in enumerate(parents):
+            inner = section.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                name = ".".join(parents[: depth + 1])
+                raise ConfigError(f"`{name}` is {inner!r}, not a section", hint=f"set `{name}` itself")
+            section = inner
+        try:
+            section[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            section[leaf] = text
+    return build_config(settings, values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, not UTF-8, not YAML (with line), or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        folder = path.parent if path.parent.is_dir() else Path()
+        near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.y*ml")], n=1)
+        hint = f"did you mean `{folder / near[0]}`?" if near else "give the path of a YAML file"
+        raise ConfigError(f"no settings file `{path}`", hint=hint) from None
+    except IsADirectoryError:
+        raise ConfigError(f"`{path}` is a folder, not a settings file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"`{path}` is not UTF-8: {error.reason}", hint="save it as UTF-8") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise ConfigError(f"{where}: {problem}", hint="a settings file is `key: value` lines") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"`{path}` holds {type(values).__name__}, not `key: value` lines")
+    return values
+
+
+def build_config(settings: type[S], values: Mapping[str, Any]) -> S:
+    """Validate ``values``; every wrong key is named in one `ConfigError`."""
+    try:
+        return settings.model_validate(dict(values))
+    except ValidationError as error:
+        messages, hints = [], []
+        for details in error.errors():
+            message, hint = _explain(settings, details)
+            if message not in messages:
+                messages.append(message)
+            if hint and hint not in hints:
+                hints.append(hint)
+        raise ConfigError("; ".join(messages), hint="; ".join(hints) or None) from None
+
+
+def _explain(settings: type[BaseModel], details: ErrorDetails) -> tuple[str, str | None]:
+    path, section = _setting_of(settings, details["loc"])
+    key, given, kind = ".".join(path), details["input"], details["type"]
+    context = details.get("ctx", {})
+    if kind == "extra_forbidden":
+        valid = list_keys(settings)
+        prefix = ".".join(path[:-1])
+        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.6) or [
+            name for name in valid if name.rpartition(".")[2] == path[-1]
+        ]
+        here = [name for name in section.model_fields] if section else valid
+        hint = (
+            f"did you mean `{near[0]}`?"
+            if near
+            else f"settings {f'in `{prefix}`' if prefix else 'here'}: {', '.join(here)}"
+        )
+        return f"unknown setting `{key}`", hint
+    if kind == "missing":
+        return f"`{key}` is not set, and has no default", f"add `{key}: ...`"
+    if kind == "literal_error":
+        return f"`{key}` cannot be {given!r}", f"choose from {context.get('expected', '')}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"`{key}` is a section of settings, but was given {given!r}", None
+    message = details["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not key:
+        return message, None
+    return f"`{key}` cannot be {given!r}: {message}", None
+
+
+def _setting_of(
+    settings: type[BaseModel], loc: tuple[int | str, ...]
+) -> tuple[list[str], type[BaseModel] | None]:
+    """The dotted path of a setting; pydantic's own markers of union members are left out."""
+    path: list[str] = []
+    section: type[BaseModel] | None = settings
+    for part in loc:
+        if section is None:
+            break
+        path.append(str(part))
+        field = section.model_fields.get(str(part))
+        inner = _section_type(field.annotation) if field else None
+        if inner is None:
+            break
+        section = inner
+    return path, section
+
+
+def _section_type(annotation: object) -> type[BaseModel] | None:
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+# -- listing and writing ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SettingRow:
+    """One line of `fulltune settings`."""
+
+    key: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def list_settings(settings: type[BaseModel], prefix: str = "") -> Iterator[SettingRow]:
+    """Every setting with what it accepts, its default and its meaning, in the order of the class."""
+    for name, field in settings.model_fields.items():
+        section = _section_type(field.annotation)
+        if section is not None:
+            yield from list_settings(section, f"{prefix}{name}.")
+            continue
+        default = field.get_default(call_default_factory=True)
+        shown = "required" if default is PydanticUndefined else _show(default)
+        yield SettingRow(
+            key=f"{prefix}{name}",
+            kind=_describe_type(field.annotation, field.metadata),
+            default=shown,
+            meaning=" ".join((field.description or "").split()),
+        )
+
+
+def list_keys(settings: type[BaseModel]) -> list[str]:
+    """All dotted keys, sections included."""
+    keys: list[str] = []
+    for name, field in settings.model_fields.items():
+        keys.append(name)
+        section = _section_type(field.annotation)
+        if section is not None:
+            keys += [f"{name}.{inner}" for inner in list_keys(section)]
+    return keys
+
+
+def dump_config(config: BaseModel) -> str:
+    """The full settings as YAML; reading it again gives an equal object."""
+    return yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+    )
+
+
+def differing_keys(left: BaseModel, right: BaseModel) -> list[str]:
+    """Dotted keys whose values differ between two settings of one class."""
+    keys: list[str] = []
+    for name in type(left).model_fields:
+        a, b = getattr(left, name), getattr(right, name)
+        if isinstance(a, BaseModel) and isinstance(b, BaseModel):
+            keys += [f"{name}.{key}" for key in differing_keys(a, b)]
+        elif a != b:
+            keys.append(name)
+    return keys
+
+
+def _show(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | dict) and not value:
+        return "{}" if isinstance(value, dict) else "[]"
+    return str(value)
+
+
+def _describe_type(annotation: object, metadata: Sequence[object]) -> str:
+    for item in metadata:
+        if isinstance(item, Units):
+            return item.example().replace("`", "")
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _describe_type(arguments[0], arguments[1:])
+    if origin is Literal:
+        return " | ".join(str(argument) for argument in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(dict.fromkeys(_describe_type(a, ()) for a in arguments))
+    if origin is tuple:
+        return f"list of {_describe_type(arguments[0], ())}"
+    if origin is dict:
+        return "mapping"
+    names: dict[object, str] = {
+        str: "text", int: "whole number", float: "number", bool: "true | false",
+        types.NoneType: "null", Path: "path",
+    }  # fmt: skip
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))

@@ -1,0 +1,240 @@
+"""Rank, device, precision, seed and the machine: the only reader of the environment."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fulltune.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def cache_dir() -> Path:
+    """Where downloads and tokenized data are kept: `FULLTUNE_CACHE`, else the user's cache folder."""
+    if chosen := os.environ.get("FULLTUNE_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fulltune"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs, and which of the processes of the run it is."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files of the run."""
+        return self.rank == 0
+
+
+def start_runtime(device: str = "auto") -> Runtime:
+    """Choose the device and, under `torchrun`, join the other ranks.
+
+    Raises:
+        ConfigError: a device was asked for that is not there.
+    """
+    import torch
+    import torch.distributed as dist
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = choose_device(device, local_rank)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and not dist.is_initialized():
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    return Runtime(chosen, int(os.environ.get("RANK", "0")), world_size)
+
+
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """`auto` is the first accelerator torch can use, else the CPU.
+
+    Raises:
+        ConfigError: the device is unknown or not there.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"`device` cannot be {device!r}", hint="choose from auto, cpu, cuda, cuda:N") from None
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count()
+        index = local_rank if chosen.index is None else chosen.index
+        if index >= count:
+            found = f"torch {torch.__version__} sees {count} GPUs"
+            raise ConfigError(
+                f"`device` is {device!r}, but that GPU is not there: {found}",
+                hint="set `device: cpu`, or install the torch build for your CUDA version",
+            )
+        return torch.device("cuda", index)
+    if chosen.type != "cpu":
+        raise ConfigError(f"`device` cannot be {device!r}", hint="choose from auto, cpu, cuda, cuda:N")
+    return chosen
+
+
+def finish_runtime() -> None:
+    """Leave the group of ranks, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, *, size: int = 1024) -> float:
+    """Measured rate of a square matrix product, in FLOP/s: the best of a few timed products."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else size
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(size, size, generator=generator).to(device, dtype)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """The dtype of the forward and backward pass, and the measurement it was chosen by."""
+
+    dtype: torch.dtype
+    matmul_rate: float
+    """FLOP/s of a matrix product in ``dtype`` on this machine."""
+    reason: str
+
+
+def choose_precision(precision: Precision, device: torch.device) -> PrecisionChoice:
+    """`auto` takes bf16 where its matrix products are measured at least 1.5 times as fast as fp32's."""
+    import torch
+
+    rates = {
+        name: matmul_rate(dtype, device)
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+        if precision in ("auto", name)
+    }
+    shown = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
+    name = precision
+    if precision == "auto":
+        name = "bf16" if rates["bf16"] >= 1.5 * rates["fp32"] else "fp32"
+    dtype = torch.bfloat16 if name == "bf16" else torch.float32
+    return PrecisionChoice(dtype, rates[name], f"{name} (measured: {shown})")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators; nothing in the package draws from another global generator."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def preserved_random_state() -> Generator[None]:
+    """Leave torch's generators as they were found."""
+    import torch
+
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process held so far: on the GPU if it runs there, else resident memory."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_machine(device: torch.device) -> dict[str, str | int]:
+    """The machine in words, for manifests and reports."""
+    import psutil
+    import torch
+
+    name = platform.processor() or platform.machine()
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        lines = cpu_info.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    machine: dict[str, str | int] = {
+        "cpu": name,
+        "cores": num_cores(),
+        "memory_bytes": int(psutil.virtual_memory().total),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers."""
+    import numpy
+    import tokenizers
+    import torch
+    import transformers
+
+    from fulltune import __version__
+
+    return {
+        "fulltune": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit of the work tree that holds ``folder``, `+` appended when it has changes."""
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"],
+            capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
+        status = subprocess.run(
+            ["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, timeout=10, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if status.strip() else "")
