@@ -1,0 +1,178 @@
+"""Metrics: what they mean, which direction is better, and how they are computed.
+
+Shape suffixes: D documents (examples), L labels.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fulltune.data.tasks import TASKS, TaskKind
+from fulltune.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a number is to be read."""
+
+    better: Literal["lower", "higher"]
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric("lower", "mean cross-entropy per target, in nats"),
+    "perplexity": Metric("lower", "e to the power of the loss"),
+    "bits_per_byte": Metric("lower", "cross-entropy per UTF-8 byte of the text, in bits"),
+    "accuracy": Metric("higher", "share of examples whose likeliest label is the right one"),
+    "macro_f1": Metric("higher", "mean F1 of the labels, each counting the same"),
+    "weighted_f1": Metric("higher", "mean F1 of the labels, each counting by its examples"),
+    "matthews": Metric("higher", "Matthews correlation of labels and predictions, -1 to 1"),
+    "retention_loss": Metric("lower", "loss on a fixed general text: rises when it is forgotten"),
+}
+
+_OF_TASK: dict[TaskKind, tuple[str, ...]] = {
+    "chat": ("loss", "perplexity", "bits_per_byte", "retention_loss"),
+    "text": ("loss", "perplexity", "bits_per_byte", "retention_loss"),
+    "classification": ("loss", "accuracy", "macro_f1", "weighted_f1", "matthews"),
+}
+
+
+def check_metric(name: str | None, kind: TaskKind, *, retention: bool = False) -> str:
+    """The metric that early stopping and the best model go by.
+
+    Args:
+        name: a metric, or None for the first one of the task.
+        kind: the task's kind.
+        retention: whether the run measures `retention_loss` at all.
+
+    Raises:
+        ConfigError: there is no such metric, or the task does not measure it.
+    """
+    if name is None:
+        return TASKS[kind].metrics[0]
+    possible = [
+        known for known in _OF_TASK[kind] if retention or not known.startswith("retention")
+    ]
+    if name in possible:
+        return name
+    if name in METRICS:
+        message = f"`evaluate.metric` is `{name}`, which a {kind} run does not measure"
+        if name in _OF_TASK[kind]:
+            raise ConfigError(message, hint="set `evaluate.retention=true` to measure it")
+    else:
+        message = f"`evaluate.metric` is `{name}`, which is not a metric"
+    near = difflib.get_close_matches(name, possible, n=1)
+    suggestion = f"did you mean `{near[0]}`? " if near else ""
+    listed = ", ".join(f"`{known}`" for known in possible)
+    raise ConfigError(message, hint=f"{suggestion}A {kind} run measures {listed}")
+
+
+def language_metrics(
+    cross_entropy_sum: float, num_targets: int, num_bytes: int = 0
+) -> dict[str, float]:
+    """Loss, perplexity and, where the bytes are known, bits per byte.
+
+    A perplexity too large for a float is ``inf`` and a loss that is not a number stays ``nan``;
+    neither is clipped, since a clipped number would look like a measurement.
+
+    Raises:
+        DataError: there is no target.
+    """
+    if num_targets < 1:
+        raise DataError(
+            "the evaluation data has no target: nothing of it is to be predicted",
+            hint="look at it with `fulltune preview`",
+        )
+    loss = cross_entropy_sum / num_targets
+    try:
+        perplexity = math.exp(loss)
+    except OverflowError:
+        perplexity = math.inf
+    metrics = {"loss": loss, "perplexity": perplexity}
+    if num_bytes > 0:
+        metrics["bits_per_byte"] = cross_entropy_sum / math.log(2) / num_bytes
+    return metrics
+
+
+def classification_metrics(
+    labels: Sequence[int] | NDArray[np.int64],
+    predicted: Sequence[int] | NDArray[np.int64],
+    probabilities: Sequence[Sequence[float]] | NDArray[np.floating[Any]],
+    label_names: Sequence[str],
+) -> dict[str, Any]:
+    """Scores of single-label classification, computed by scikit-learn.
+
+    A precision, recall or F1 without any example to divide by counts as 0. Averages run over the
+    labels that occur among the labels or the predictions, so a label that the evaluation data does
+    not hold, and that is never predicted, does not pull `macro_f1` down.
+
+    Args:
+        labels: the right labels [D], as places in ``label_names``.
+        predicted: the predicted labels [D], likewise.
+        probabilities: [D, L], each row summing to 1 within float32 rounding.
+        label_names: the model's labels in order.
+
+    Returns:
+        Numbers under the names of `METRICS`, and `per_label` (precision, recall, f1, support by
+        name) and `confusion_matrix` (rows are the right labels, columns the predicted ones).
+
+    Raises:
+        DataError: there is no example, or a label is not one of the model's.
+    """
+    from sklearn import metrics as sklearn_metrics
+
+    labels_D = np.asarray(labels, dtype=np.int64)
+    predicted_D = np.asarray(predicted, dtype=np.int64)
+    probabilities_DL = np.asarray(probabilities, dtype=np.float64)
+    num_labels = len(label_names)
+    if not len(labels_D):
+        raise DataError("the evaluation data holds no example", hint="give a split that is not empty")
+    num_unknown = int(((labels_D < 0) | (labels_D >= num_labels)).sum())
+    if num_unknown:
+        raise DataError(
+            f"{num_unknown} of {len(labels_D)} examples have a label that the model does not know",
+            hint=f"the model's labels are {', '.join(f'`{name}`' for name in label_names)}",
+        )
+    every_label = np.arange(num_labels)
+    precision_L, recall_L, f1_L, support_L = sklearn_metrics.precision_recall_fscore_support(
+        labels_D, predicted_D, labels=every_label, zero_division=0
+    )
+    return {
+        "loss": _log_loss(labels_D, probabilities_DL),
+        "accuracy": float(sklearn_metrics.accuracy_score(labels_D, predicted_D)),
+        "macro_f1": float(
+            sklearn_metrics.f1_score(labels_D, predicted_D, average="macro", zero_division=0)
+        ),
+        "weighted_f1": float(
+            sklearn_metrics.f1_score(labels_D, predicted_D, average="weighted", zero_division=0)
+        ),
+        "matthews": float(sklearn_metrics.matthews_corrcoef(labels_D, predicted_D)),
+        "per_label": {
+            name: {
+                "precision": float(precision_L[index]),
+                "recall": float(recall_L[index]),
+                "f1": float(f1_L[index]),
+                "support": int(support_L[index]),
+            }
+            for index, name in enumerate(label_names)
+        },
+        "confusion_matrix": sklearn_metrics.confusion_matrix(
+            labels_D, predicted_D, labels=every_label
+        ).tolist(),
+    }
+
+
+def _log_loss(labels_D: NDArray[np.int64], probabilities_DL: NDArray[np.float64]) -> float:
+    # scikit-learn's log_loss clips at the smallest step of float64 and so hides a probability of
+    # zero; here a right label that got none costs infinity, as it does in training.
+    probabilities_DL = probabilities_DL / probabilities_DL.sum(axis=1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        costs_D = -np.log(probabilities_DL[np.arange(len(labels_D)), labels_D])
+    return float(costs_D.mean())
