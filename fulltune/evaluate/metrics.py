@@ -153,7 +153,10 @@ def classification_metrics(
         "weighted_f1": float(
             sklearn_metrics.f1_score(labels_D, predicted_D, average="weighted", zero_division=0)
         ),
-        "matthews": float(sklearn_metrics.matthews_corrcoef(labels_D, predicted_D)),
+        # One label alone has no correlation; scikit-learn gives 0 too, but with a warning.
+        "matthews": float(sklearn_metrics.matthews_corrcoef(labels_D, predicted_D))
+        if len(np.union1d(labels_D, predicted_D)) > 1
+        else 0.0,
         "per_label": {
             name: {
                 "precision": float(precision_L[index]),
