@@ -1,0 +1,39 @@
+"""What a run says of itself while it runs: a log for programs and a display for people.
+
+`MetricsLog` is the record, `Tracker` also sends its numbers to TensorBoard, W&B or trackio where
+the settings name them, and `make_display` gives the display on stderr.
+"""
+
+from fulltune.tracking.display import (
+    Display,
+    LiveDisplay,
+    PlainDisplay,
+    make_display,
+    stderr_console,
+)
+from fulltune.tracking.log import MetricsLog, read_metrics
+from fulltune.tracking.numbers import (
+    format_bytes,
+    format_duration,
+    format_number,
+    is_better,
+    printable,
+)
+from fulltune.tracking.sinks import Tracker, TrackingConfig
+
+__all__ = [
+    "Display",
+    "LiveDisplay",
+    "MetricsLog",
+    "PlainDisplay",
+    "Tracker",
+    "TrackingConfig",
+    "format_bytes",
+    "format_duration",
+    "format_number",
+    "is_better",
+    "make_display",
+    "printable",
+    "read_metrics",
+    "stderr_console",
+]

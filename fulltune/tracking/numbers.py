@@ -1,0 +1,67 @@
+"""Numbers as people write them, and which of two is better."""
+
+from __future__ import annotations
+
+import math
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
+"""Metrics that fall as a model gets better; every other metric rises."""
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Memory in the units of a system monitor: `1.9 GiB`, `412 MiB`."""
+    if num_bytes >= 1024**3:
+        return f"{num_bytes / 1024**3:.1f} GiB"
+    return f"{num_bytes / 1024**2:.0f} MiB"
+
+
+def format_duration(seconds: float) -> str:
+    """A time as on a clock: `0:41`, `12:05`, `3:20:00`, `2 d 4 h`."""
+    if not math.isfinite(seconds):
+        return "?"
+    total = round(seconds)
+    if total >= 48 * 3600:
+        return f"{total // 86400} d {total % 86400 // 3600} h"
+    hours, minutes = total // 3600, total % 3600 // 60
+    if hours:
+        return f"{hours}:{minutes:02}:{total % 60:02}"
+    return f"{minutes}:{total % 60:02}"
+
+
+def format_number(value: float) -> str:
+    """Four figures at most, without an exponent where people would not write one."""
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if value == 0:
+        return "0"
+    magnitude = abs(value)
+    if magnitude >= 1000:
+        return f"{value:,.0f}"
+    if magnitude < 0.001:
+        return f"{value:.2e}"
+    decimals = max(0, 3 - math.floor(math.log10(magnitude)))
+    return f"{value:.{min(decimals, 4)}f}"
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """The last `width` values as a row of bars; a value that is not finite is an `x`."""
+    shown = values[-width:]
+    finite = [value for value in shown if math.isfinite(value)]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
+    bars = "▁▂▃▄▅▆▇█"
+    spread = (high - low) or 1.0
+    return "".join(
+        bars[round((value - low) / spread * (len(bars) - 1))] if math.isfinite(value) else "x"
+        for value in shown
+    )
+
+
+def is_better(value: float, best: float, metric: str) -> bool:
+    """Whether `value` of `metric` beats `best`."""
+    return value < best if metric in LOWER_IS_BETTER else value > best
+
+
+def printable(text: str) -> str:
+    """The text on one line, without the control characters that data or answers may hold."""
+    spaced = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(spaced.split())
