@@ -1,0 +1,153 @@
+"""Conversations as token ids, by the chat template of the model.
+
+Training and generation both come through here, so that the tokens before an answer are the same in
+both. A conversation is rendered by the template once, cut where assistant turns begin and end, and
+the cut may never fall inside a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from fulltune.data.tasks import Message
+from fulltune.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a rendered conversation."""
+
+    text: str
+    trained: bool
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, where: str
+) -> list[Segment]:
+    """The conversation so far, ending where the next answer begins."""
+    if messages and messages[-1].role == "assistant":
+        raise DataError(
+            f"{where}: the conversation ends with an assistant turn, so there is nothing to answer",
+            hint="end it with a `user` turn",
+        )
+    segments = _cut(tokenizer, messages, _render(tokenizer, messages, True, where), where)
+    return [Segment(segment.text, trained=False) for segment in segments]
+
+
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, where: str
+) -> list[Segment]:
+    """A whole conversation; assistant turns with their end-of-turn token are the trained segments.
+
+    Raises:
+        DataError: the template refuses the conversation, or renders an earlier turn differently
+            once later turns follow, so that what would be trained is not what would be seen.
+    """
+    return _cut(tokenizer, messages, _render(tokenizer, messages, False, where), where)
+
+
+def encode_segments(
+    tokenizer: PreTrainedTokenizerBase, segments: Sequence[Segment]
+) -> tuple[list[int], list[int]]:
+    """Token ids and target flags of rendered segments.
+
+    The text is tokenized as a whole. Where a token would straddle a cut, the pieces are tokenized
+    apart, since generation meets exactly that cut.
+    """
+    text = "".join(segment.text for segment in segments)
+    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    cuts, flags, position = [], [], 0
+    for segment in segments:
+        position += len(segment.text)
+        cuts.append(position)
+        flags.append(int(segment.trained))
+    targets: list[int] = []
+    index = 0
+    for start, end in encoding.offsets:
+        while index < len(cuts) - 1 and start >= cuts[index]:
+            index += 1
+        if end > cuts[index]:
+            break  # straddles the cut
+        targets.append(flags[index])
+    else:
+        return list(encoding.ids), targets
+    input_ids, targets = [], []
+    for segment, flag in zip(segments, flags, strict=True):
+        ids = tokenizer.backend_tokenizer.encode(segment.text, add_special_tokens=False).ids
+        input_ids += ids
+        targets += [flag] * len(ids)
+    return input_ids, targets
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end an assistant turn: what the template writes after it, and the tokenizer's eos."""
+    ids = {tokenizer.eos_token_id} - {None}
+    probe = [Message("user", "a"), Message("assistant", "b")]
+    if tokenizer.chat_template:
+        segments = render_conversation(tokenizer, probe, where="chat template")
+        trained_ids, _ = encode_segments(tokenizer, [s for s in segments if s.trained])
+        if trained_ids and trained_ids[-1] in tokenizer.all_special_ids:
+            ids.add(trained_ids[-1])
+    return ids
+
+
+def _cut(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], full: str, where: str
+) -> list[Segment]:
+    segments: list[Segment] = []
+    position = 0
+    for index, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        if index == 0:
+            raise DataError(
+                f"{where}: the conversation begins with an assistant turn",
+                hint="begin it with a `user` or `system` turn",
+            )
+        before = _render(tokenizer, messages[:index], True, where)
+        until = _render(tokenizer, messages[: index + 1], False, where)
+        if not (full.startswith(until) and until.startswith(before) and len(before) >= position):
+            raise DataError(
+                f"{where}: the chat template renders turn {index + 1} differently once later turns "
+                "follow, so what would be trained is not what would be seen",
+                hint="use conversations of one answer each, or set `task.template: chatml`",
+            )
+        answer = until[len(before) :]
+        trained = _through_end_of_turn(tokenizer, answer)
+        segments.append(Segment(full[position : len(before)], trained=False))
+        segments.append(Segment(trained, trained=True))
+        position = len(before) + len(trained)
+    if position < len(full):
+        segments.append(Segment(full[position:], trained=False))
+    return [segment for segment in segments if segment.text]
+
+
+def _through_end_of_turn(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
+    """The answer without the layout that follows its end-of-turn token: generation stops there."""
+    stripped = answer.rstrip()
+    return stripped if stripped.endswith(tuple(tokenizer.all_special_tokens)) else answer
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generate: bool, where: str
+) -> str:
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "the model has no chat template", hint="set `task.template: chatml`, or give a Jinja file"
+        )
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)
+    except jinja2.TemplateError as error:
+        raise DataError(
+            f"{where}: the chat template refuses this conversation: {error}",
+            hint="its roles may have to alternate, or it may not know a role",
+        ) from None
+    return str(text)

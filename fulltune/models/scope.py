@@ -1,0 +1,46 @@
+"""Which parameters are trained: all, the head only, or the last layers with the head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator
+
+from fulltune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def _check(text: str) -> str:
+    if text in ("all", "head") or re.fullmatch(r"last [1-9][0-9]* layers?", text):
+        return text
+    raise ValueError("write `all`, `head` or `last N layers`")
+
+
+Scope = Annotated[str, AfterValidator(_check)]
+"""`all`, `head` or `last N layers`."""
+
+
+def freeze(
+    model: PreTrainedModel, scope: str, *, layer_of: Mapping[str, int | str], num_layers: int
+) -> None:
+    """Leave only the parameters of ``scope`` with ``requires_grad``.
+
+    A head that is tied to the embeddings counts as the head: training it trains both.
+
+    Raises:
+        ConfigError: the model has fewer layers than asked for.
+    """
+    count = int(scope.split()[1]) if scope.startswith("last") else 0
+    if count > num_layers:
+        raise ConfigError(f"`scope` is `{scope}`, but the model has {num_layers} layers")
+    output = model.get_output_embeddings()
+    head_weight = output.weight if output is not None else None
+    for name, parameter in model.named_parameters():
+        layer = layer_of[name]
+        is_head = layer == "head" or parameter is head_weight
+        is_last = isinstance(layer, int) and layer >= num_layers - count
+        parameter.requires_grad_(scope == "all" or is_head or (count > 0 and is_last))

@@ -1,0 +1,113 @@
+"""What an objective must offer to the step, the evaluation and the preview.
+
+An objective is the one place where data meets model: `encode` turns an example into tokens,
+`collate` turns encoded examples into the tensors of one forward pass, `loss_sum` scores them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fulltune.data.encoding import EncodedExample
+from fulltune.data.tasks import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Batch: TypeAlias = dict[str, Any]
+"""A micro-batch: each objective's own TypedDict says what is in it."""
+
+TooLong: TypeAlias = Literal["error", "truncate", "drop"]
+
+
+@dataclass
+class Scores:
+    """What a forward pass without gradients measured, as sums that add up over batches."""
+
+    loss_sum: float
+    num_targets: int
+    num_correct: int = 0
+    logits_DC: Tensor | None = None
+    """Classification: float32 [documents, classes], on the CPU."""
+    label_indices_D: Tensor | None = None
+
+
+class Objective(Protocol):
+    """Encode, collate, score. Instances are immutable and can be sent to worker processes."""
+
+    @property
+    def head(self) -> Literal["causal_lm", "classification"]:
+        """Which head the model is loaded with."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever `encode` would give other tokens."""
+        ...
+
+    def encode(self, example: Example) -> list[EncodedExample]:
+        """Tokens of an example; several where a document is cut into windows, none if dropped."""
+        ...
+
+    def collate(self, examples: Sequence[EncodedExample]) -> Batch:
+        """The tensors of one forward pass, on the CPU."""
+        ...
+
+    def num_targets(self, batch: Batch) -> int:
+        """Positions or labels of the batch that have a loss."""
+        ...
+
+    def loss_sum(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """The loss summed over the targets of the batch: a float32 scalar."""
+        ...
+
+    def score(self, model: PreTrainedModel, batch: Batch) -> Scores:
+        """The same loss and what the metrics need, without gradients."""
+        ...
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def packed_tokens(examples: Sequence[EncodedExample]) -> tuple[Tensor, Tensor, list[int]]:
+    """Documents end to end: int64 ``input_ids`` [1, T], where each starts (int64 [D]), lengths."""
+    lengths = [len(example["input_ids"]) for example in examples]
+    flat = [token for example in examples for token in example["input_ids"]]
+    starts_D = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    return torch.tensor([flat]), starts_D, lengths
+
+
+def padded_tokens(
+    examples: Sequence[EncodedExample], *, key: Literal["input_ids", "token_type_ids"], padding: int
+) -> Tensor:
+    """One row a document, padded on the right: int64 [B, T]."""
+    longest = max(len(example["input_ids"]) for example in examples)
+    rows = [
+        [*example[key], *[padding] * (longest - len(example[key]))] for example in examples
+    ]
+    return torch.tensor(rows)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, **settings: object) -> str:
+    """Address of everything that decides the tokens of an example."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(str(tokenizer.chat_template).encode())
+    digest.update(repr(sorted(settings.items())).encode())
+    return digest.hexdigest()
+
+
+def model_inputs(batch: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The entries of a batch that go to the model's forward."""
+    return {name: batch[name] for name in names if name in batch}

@@ -1,0 +1,235 @@
+"""Next-token prediction (GPT): conversations and plain text.
+
+Shape suffixes: B rows, T tokens, H hidden size, N targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
+
+import torch
+from torch import Tensor
+
+from fulltune.data.chat import encode_segments, render_conversation
+from fulltune.data.encoding import EncodedExample, content_hash
+from fulltune.data.tasks import ChatExample, Example, TextExample
+from fulltune.errors import DataError
+from fulltune.models.attention import make_document_kwargs
+from fulltune.objectives.base import (
+    Batch,
+    Scores,
+    TooLong,
+    model_inputs,
+    packed_tokens,
+    padded_tokens,
+    tokenizer_fingerprint,
+)
+from fulltune.objectives.linear_cross_entropy import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODEL_INPUTS = (
+    "input_ids", "attention_mask", "position_ids",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+)  # fmt: skip
+
+
+class CausalBatch(TypedDict):
+    """A micro-batch for next-token prediction.
+
+    input_ids:      int64 [1, T] packed documents, or [B, T] right-padded where packing is off.
+    prediction_positions: int64 [N], into the flattened [B * T] tokens: where a target is predicted,
+                    which is one token before it. Never the last token of a document.
+    target_ids:     int64 [N], the token to be predicted there. There is no ignored value.
+    attention_mask: int64 [B, T], 1 on tokens and 0 on padding; absent when packed.
+    position_ids, cu_seq_lens_q, ...: document boundaries, present when packed.
+    """
+
+    input_ids: Tensor
+    prediction_positions: Tensor
+    target_ids: Tensor
+    attention_mask: NotRequired[Tensor]
+    position_ids: NotRequired[Tensor]
+    cu_seq_lens_q: NotRequired[Tensor]
+    cu_seq_lens_k: NotRequired[Tensor]
+    max_length_q: NotRequired[int]
+    max_length_k: NotRequired[int]
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Next-token prediction on the target tokens of each document.
+
+    Args:
+        tokenizer: a fast tokenizer, with a chat template where conversations are encoded.
+        max_length: longest document in tokens.
+        too_long: what happens to a longer conversation; a longer text is cut into windows that
+            overlap by one token, so that each of its tokens but the first is a target exactly once.
+        packing: whether the model isolates documents packed into one row.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    too_long: TooLong = "error"
+    packing: bool = True
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    @property
+    def head(self) -> Literal["causal_lm"]:
+        """The language-modelling head."""
+        return "causal_lm"
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever `encode` would give other tokens."""
+        return tokenizer_fingerprint(
+            self.tokenizer, objective="causal_lm", max_length=self.max_length, too_long=self.too_long
+        )
+
+    def encode(self, example: Example) -> list[EncodedExample]:
+        """One encoded conversation, or the windows of a text.
+
+        Raises:
+            DataError: a conversation is longer than ``max_length`` and ``too_long`` is "error".
+        """
+        if isinstance(example, ChatExample):
+            return self._encode_chat(example)
+        if isinstance(example, TextExample):
+            return self._encode_text(example)
+        raise TypeError(f"{type(example).__name__} has no next-token targets")
+
+    def _encode_chat(self, example: ChatExample) -> list[EncodedExample]:
+        segments = render_conversation(self.tokenizer, example.messages, where=example.where)
+        input_ids, targets = encode_segments(self.tokenizer, segments)
+        if not input_ids:
+            raise DataError(f"{example.where}: the conversation has no tokens")
+        targets[0] = 0  # nothing stands before it to predict it from
+        kept = len(input_ids)
+        if kept > self.max_length:
+            if self.too_long == "drop":
+                return []
+            if self.too_long == "error":
+                raise too_long_error(example.where, kept, self.max_length)
+            kept = self.max_length
+        trained = [segment.text for segment in segments if segment.trained]
+        context = [segment.text for segment in segments if not segment.trained]
+        return [
+            EncodedExample(
+                input_ids=input_ids[:kept],
+                targets=targets[:kept],
+                token_type_ids=[],
+                label="",
+                num_removed=len(input_ids) - kept,
+                num_removed_targets=sum(targets[kept:]),
+                input_hash=content_hash(*context),
+                example_hash=content_hash(*context, "\0answers", *trained),
+                num_bytes=sum(len(text.encode()) for text in trained),
+                where=example.where,
+            )
+        ]
+
+    def _encode_text(self, example: TextExample) -> list[EncodedExample]:
+        encoding = self.tokenizer.backend_tokenizer.encode(example.text, add_special_tokens=True)
+        input_ids, offsets = list(encoding.ids), list(encoding.offsets)
+        end = self.tokenizer.eos_token_id
+        if end is not None and (not input_ids or input_ids[-1] != end):
+            input_ids.append(end)  # the document ends here, and the model learns that
+            offsets.append((len(example.text), len(example.text)))
+        document_hash = content_hash(example.text)
+        windows: list[EncodedExample] = []
+        for start in range(0, max(len(input_ids) - 1, 1), self.max_length - 1):
+            window = input_ids[start : start + self.max_length]
+            first, last = offsets[min(start + 1, len(offsets) - 1)], offsets[start + len(window) - 1]
+            windows.append(
+                EncodedExample(
+                    input_ids=window,
+                    targets=[0, *[1] * (len(window) - 1)],
+                    token_type_ids=[],
+                    label="",
+                    num_removed=0,
+                    num_removed_targets=0,
+                    input_hash=document_hash,
+                    example_hash=content_hash(example.text, str(start)),
+                    num_bytes=len(example.text[first[0] : last[1]].encode()),
+                    where=example.where,
+                )
+            )
+        return windows
+
+    def collate(self, examples: Sequence[EncodedExample]) -> Batch:
+        """The tensors of one forward pass; see `CausalBatch`."""
+        if self.packing:
+            input_ids, starts_D, lengths = packed_tokens(examples)
+            batch = CausalBatch(
+                input_ids=input_ids,
+                prediction_positions=torch.empty(0, dtype=torch.int64),
+                target_ids=torch.empty(0, dtype=torch.int64),
+                **make_document_kwargs(lengths, torch.device("cpu")),
+            )
+        else:
+            padding = self.tokenizer.pad_token_id or 0
+            input_ids = padded_tokens(examples, key="input_ids", padding=padding)
+            lengths = [len(example["input_ids"]) for example in examples]
+            mask = torch.arange(input_ids.shape[1])[None] < torch.tensor(lengths)[:, None]
+            starts_D = torch.arange(len(examples)) * input_ids.shape[1]
+            batch = CausalBatch(
+                input_ids=input_ids,
+                prediction_positions=torch.empty(0, dtype=torch.int64),
+                target_ids=torch.empty(0, dtype=torch.int64),
+                attention_mask=mask.long(),
+            )
+        positions = [
+            start + index
+            for start, example in zip(starts_D.tolist(), examples, strict=True)
+            for index, target in enumerate(example["targets"])
+            if target and index
+        ]
+        target_positions = torch.tensor(positions, dtype=torch.int64)
+        batch["target_ids"] = batch["input_ids"].flatten()[target_positions]
+        batch["prediction_positions"] = target_positions - 1
+        return cast(Batch, batch)
+
+    def num_targets(self, batch: Batch) -> int:
+        """Tokens of the batch that are predicted."""
+        return int(batch["target_ids"].numel())
+
+    def loss_sum(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Cross-entropy of every target, summed and not averaged: a float32 scalar."""
+        return self._losses(model, batch).loss_sum
+
+    def score(self, model: PreTrainedModel, batch: Batch) -> Scores:
+        """Plain cross-entropy (no smoothing, no z-loss) and how often the first guess was right."""
+        with torch.no_grad():
+            sums = self._losses(model, batch)
+        return Scores(
+            loss_sum=float(sums.cross_entropy_sum),
+            num_targets=self.num_targets(batch),
+            num_correct=int(sums.num_correct),
+        )
+
+    def _losses(self, model: PreTrainedModel, batch: Batch):  # type: ignore[no-untyped-def]
+        output = model.base_model(**model_inputs(batch, MODEL_INPUTS), use_cache=False)
+        hidden_NH = output.last_hidden_state.flatten(0, 1)[batch["prediction_positions"]]
+        head = model.get_output_embeddings()
+        text_config = model.config.get_text_config()
+        return linear_cross_entropy(
+            hidden_NH,
+            head.weight,
+            batch["target_ids"],
+            bias_V=getattr(head, "bias", None),
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
+
+
+def too_long_error(where: str, length: int, max_length: int) -> DataError:
+    """The error of an example that does not fit."""
+    return DataError(
+        f"{where}: the example has {length:,} tokens, and at most {max_length:,} fit",
+        hint="set `task.too_long` to `truncate` or `drop`, or raise `task.max_length` "
+        "up to the model's context; `fulltune preview` lists the longest rows",
+    )

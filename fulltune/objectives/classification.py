@@ -1,0 +1,220 @@
+"""One label for a text or a pair of texts, on a decoder or an encoder.
+
+Shape suffixes: D documents, B rows, T tokens, H hidden size, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fulltune.data.encoding import EncodedExample, content_hash
+from fulltune.data.tasks import ClassificationExample, Example
+from fulltune.errors import DataError
+from fulltune.models.attention import make_document_kwargs
+from fulltune.models.families import classification_logits
+from fulltune.objectives.base import (
+    Batch,
+    Scores,
+    TooLong,
+    model_inputs,
+    packed_tokens,
+    padded_tokens,
+    tokenizer_fingerprint,
+)
+from fulltune.objectives.causal_lm import MODEL_INPUTS, too_long_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+UNLABELLED = -1
+
+
+class ClassificationBatch(TypedDict):
+    """A micro-batch of labelled documents.
+
+    input_ids:      int64 [1, T] packed documents, or [B, T] right-padded where packing is off.
+    label_indices:  int64 [D], the class of each document; ``UNLABELLED`` when only predicting.
+    pooled_positions: int64 [D], into the packed row: the token whose hidden state the head reads,
+                    the first or the last of each document; absent where packing is off.
+    token_type_ids: int64, shaped like ``input_ids``; absent where the model has no segments.
+    attention_mask: int64 [B, T], 1 on tokens and 0 on padding; absent when packed.
+    position_ids, cu_seq_lens_q, ...: document boundaries, present when packed.
+    """
+
+    input_ids: Tensor
+    label_indices: Tensor
+    pooled_positions: NotRequired[Tensor]
+    token_type_ids: NotRequired[Tensor]
+    attention_mask: NotRequired[Tensor]
+    position_ids: NotRequired[Tensor]
+    cu_seq_lens_q: NotRequired[Tensor]
+    cu_seq_lens_k: NotRequired[Tensor]
+    max_length_q: NotRequired[int]
+    max_length_k: NotRequired[int]
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy of one label a document.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        labels: the classes in order.
+        max_length: longest document in tokens.
+        too_long: what happens to a longer one.
+        pooling: which token of a document the head reads.
+        packing: whether the model isolates documents packed into one row.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    labels: tuple[str, ...]
+    max_length: int
+    pooling: Literal["first", "last"]
+    too_long: TooLong = "error"
+    packing: bool = True
+    label_smoothing: float = 0.0
+
+    @property
+    def head(self) -> Literal["classification"]:
+        """A classification head."""
+        return "classification"
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever `encode` would give other tokens; labels are kept by name."""
+        return tokenizer_fingerprint(
+            self.tokenizer,
+            objective="classification",
+            max_length=self.max_length,
+            too_long=self.too_long,
+        )
+
+    def encode(self, example: Example) -> list[EncodedExample]:
+        """One encoded document, or none if it was too long and is dropped.
+
+        A tokenizer without separators (most decoders) gets a pair joined by a line break.
+
+        Raises:
+            DataError: the document has no tokens, or is too long and ``too_long`` is "error".
+        """
+        if not isinstance(example, ClassificationExample):
+            raise TypeError(f"{type(example).__name__} has no label")
+        texts = (example.text, example.text_pair) if example.text_pair is not None else (example.text,)
+        separated = self.tokenizer.num_special_tokens_to_add(
+            pair=True
+        ) > self.tokenizer.num_special_tokens_to_add(pair=False)
+        if len(texts) == 2 and not separated:
+            texts = ("\n".join(texts),)
+        tokens = self.tokenizer(*texts, verbose=False)
+        length = len(tokens["input_ids"])
+        if not length:
+            raise DataError(f"{example.where}: the text has no tokens")
+        if length > self.max_length:
+            if self.too_long == "drop":
+                return []
+            if self.too_long == "error":
+                raise too_long_error(example.where, length, self.max_length)
+            tokens = self.tokenizer(*texts, truncation=True, max_length=self.max_length, verbose=False)
+        label = example.label or ""
+        text_hash = content_hash(example.text, *([example.text_pair] if example.text_pair else []))
+        return [
+            EncodedExample(
+                input_ids=tokens["input_ids"],
+                targets=[0] * len(tokens["input_ids"]),
+                token_type_ids=tokens.get("token_type_ids", []),
+                label=label,
+                num_removed=length - len(tokens["input_ids"]),
+                num_removed_targets=0,
+                input_hash=text_hash,
+                example_hash=content_hash(str(text_hash), label),
+                num_bytes=0,
+                where=example.where,
+            )
+        ]
+
+    def collate(self, examples: Sequence[EncodedExample]) -> Batch:
+        """The tensors of one forward pass; see `ClassificationBatch`.
+
+        Raises:
+            DataError: a label the model does not have.
+        """
+        label_indices_D = torch.tensor([self._label_index(example) for example in examples])
+        has_segments = bool(examples[0]["token_type_ids"])
+        if self.packing:
+            input_ids, starts_D, lengths = packed_tokens(examples)
+            pooled = starts_D if self.pooling == "first" else starts_D + torch.tensor(lengths) - 1
+            batch = ClassificationBatch(
+                input_ids=input_ids,
+                label_indices=label_indices_D,
+                pooled_positions=pooled,
+                **make_document_kwargs(lengths, torch.device("cpu")),
+            )
+            if has_segments:
+                segments = [segment for example in examples for segment in example["token_type_ids"]]
+                batch["token_type_ids"] = torch.tensor([segments])
+        else:
+            padding = self.tokenizer.pad_token_id or 0
+            input_ids = padded_tokens(examples, key="input_ids", padding=padding)
+            lengths = [len(example["input_ids"]) for example in examples]
+            mask = torch.arange(input_ids.shape[1])[None] < torch.tensor(lengths)[:, None]
+            batch = ClassificationBatch(
+                input_ids=input_ids, label_indices=label_indices_D, attention_mask=mask.long()
+            )
+            if has_segments:
+                batch["token_type_ids"] = padded_tokens(examples, key="token_type_ids", padding=0)
+        return cast(Batch, batch)
+
+    def _label_index(self, example: EncodedExample) -> int:
+        if not example["label"]:
+            return UNLABELLED
+        try:
+            return self.labels.index(example["label"])
+        except ValueError:
+            raise DataError(
+                f"{example['where']}: label {example['label']!r} is not one of the model's labels: "
+                f"{', '.join(self.labels)}",
+                hint="add rows with this label to the training data, or drop the row",
+            ) from None
+
+    def num_targets(self, batch: Batch) -> int:
+        """Documents of the batch; each has one label."""
+        return int(batch["label_indices"].numel())
+
+    def logits(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Scores before the softmax: float32 [D, C]."""
+        inputs = model_inputs(batch, (*MODEL_INPUTS, "token_type_ids"))
+        if not self.packing:
+            return cast(Tensor, model(**inputs).logits).float()
+        output = model.base_model(**inputs)
+        hidden_DH = output.last_hidden_state[0, batch["pooled_positions"]]
+        return classification_logits(model, hidden_DH).float()
+
+    def loss_sum(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Cross-entropy of every label, summed and not averaged: a float32 scalar."""
+        return F.cross_entropy(
+            self.logits(model, batch),
+            batch["label_indices"],
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+
+    def score(self, model: PreTrainedModel, batch: Batch) -> Scores:
+        """Plain cross-entropy with the scores of every document."""
+        with torch.no_grad():
+            logits_DC = self.logits(model, batch)
+        label_indices_D = batch["label_indices"]
+        labelled = bool((label_indices_D != UNLABELLED).all())
+        loss = F.cross_entropy(logits_DC, label_indices_D, reduction="sum") if labelled else None
+        return Scores(
+            loss_sum=float(loss) if loss is not None else float("nan"),
+            num_targets=self.num_targets(batch),
+            num_correct=int((logits_DC.argmax(-1) == label_indices_D).sum()),
+            logits_DC=logits_DC.cpu(),
+            label_indices_D=label_indices_D.cpu(),
+        )

@@ -1,0 +1,70 @@
+"""The training loop: it owns the order of things and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, TypeVar
+
+T = TypeVar("T")
+Ending: TypeAlias = Literal["finished", "interrupted", "stopped early"]
+
+
+@dataclass(frozen=True)
+class Every:
+    """A period in optimizer steps; 0 means only after the last one."""
+
+    steps: int
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Whether it is time after ``step`` finished updates."""
+        return last or (self.steps > 0 and step % self.steps == 0)
+
+
+@dataclass
+class Progress:
+    """Finished updates; enters with more than 0 when a run is resumed."""
+
+    step: int = 0
+
+
+def fit(
+    progress: Progress,
+    step_fn: Callable[[T], None],
+    batches: Iterator[T],
+    *,
+    num_steps: int,
+    evaluate: Callable[[int], bool],
+    evaluate_every: Every,
+    save: Callable[[int], None],
+    save_every: Every,
+    interrupted: Callable[[], bool],
+) -> Ending:
+    """Take optimizer steps until ``progress.step`` is ``num_steps``.
+
+    Args:
+        progress: where to go on from; counts up.
+        step_fn: one update from what ``batches`` yields; logs what it measured, raises where the
+            loss is not finite.
+        batches: the micro-batches of one step at a time.
+        num_steps: updates of the whole run.
+        evaluate: measures after a step; True asks to stop early.
+        evaluate_every: when to evaluate.
+        save: writes a checkpoint of the state after a step.
+        save_every: when to save.
+        interrupted: whether a signal asked to stop; the state is saved first.
+    """
+    while progress.step < num_steps:
+        step_fn(next(batches))
+        progress.step += 1
+        last = progress.step == num_steps
+
+        stop = evaluate(progress.step) if evaluate_every.due(progress.step, last=last) else False
+        leave = interrupted() and not last
+        if save_every.due(progress.step, last=last or stop or leave):
+            save(progress.step)
+        if stop and not last:
+            return "stopped early"
+        if leave:
+            return "interrupted"
+    return "finished"
