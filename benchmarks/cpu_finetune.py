@@ -1,0 +1,370 @@
+"""Full fine-tuning on a CPU, paired: fulltune against Trainer, SFTTrainer and a plain loop.
+
+    python benchmarks/cpu_finetune.py
+    python benchmarks/cpu_finetune.py --kind text --data asset:shakespeare --json text.json
+    python benchmarks/cpu_finetune.py --peers fulltune hf-bf16 --steps 12 --seeds 0 --data rows.jsonl
+
+Every run is a process of its own. Peers run in turn, round after round, so that a busy machine
+slows all of them alike; ratios are taken inside a round and the median over rounds is shown. All
+peers get the same rows in the same order, the same targets, optimizer, clipping and warmup. How
+each figure is made stands in README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+PEERS = (
+    "fulltune",
+    "hf-bf16",
+    "hf-fp32",
+    "hf-bf16-weights",
+    "trl",
+    "trl-padding-free",
+    "trl-packed",
+    "hand",
+)
+BASELINE = "hf-bf16"
+GIB = 1024**3
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The options; every one has a default, so that no option is needed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--kind", choices=("chat", "text"), default="chat", help="what the rows are")
+    add("--model", default="asset:smollm2-135m-instruct", help="a folder or asset:NAME")
+    add("--data", help="JSON or JSONL (chat), plain text (text), or asset:NAME")
+    add("--peers", nargs="+", choices=PEERS, metavar="PEER", help=f"of: {', '.join(PEERS)}")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="orders of the data")
+    add("--rounds", type=int, help="rounds; each takes the next seed (default: one per seed)")
+    add("--steps", type=int, default=24, help="optimizer steps of a run")
+    add("--skip", type=int, default=4, help="first steps left out of the timing")
+    add("--batch", type=int, default=8, help="rows per optimizer step")
+    add("--held-out", type=int, default=64, help="held-out rows")
+    add("--max-length", type=int, default=1024, help="longer rows are left out for every peer")
+    add("--lr", type=float, default=2e-5)
+    add("--betas", nargs=2, type=float, default=[0.9, 0.999])
+    add("--weight-decay", type=float, default=0.01)
+    add("--warmup", type=int, default=4, help="steps")
+    add("--clip-norm", type=float, default=1.0)
+    add("--threads", type=int, help="threads of every peer (default: torch's choice)")
+    add("--json", type=Path, metavar="FILE", help="write every figure there")
+    add("--keep", type=Path, metavar="FOLDER", help="keep rows and logs there")
+    options = parser.parse_args(argv)
+    options.peers = options.peers or [peer for peer in PEERS if peer != "hf-bf16-weights"]
+    options.rounds = options.rounds or len(options.seeds)
+    options.data = options.data or {"chat": "asset:alpaca-en", "text": "asset:shakespeare"}[options.kind]
+    if options.skip >= options.steps:
+        parser.error(f"--skip {options.skip} leaves nothing of --steps {options.steps}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prepare the rows, run the rounds, judge the models, print and write the result."""
+    options = parse_arguments(argv)
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="fulltune-benchmark-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        result = run_benchmark(options, folder)
+    finally:
+        if not options.keep:
+            shutil.rmtree(folder)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print_result(result)
+
+
+def run_benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All rounds; the return value is what ``--json`` writes."""
+    model, data = resolve(options.model, folder), resolve(options.data, folder)
+    say(f"rows of {options.data}")
+    job = {
+        "model": model,
+        "data": data,
+        "kind": options.kind,
+        "folder": str(folder),
+        "num_held_out": options.held_out,
+        "max_length": options.max_length,
+        "num_rows": options.steps * options.batch,
+    }
+    run_child("rows", job, folder, options)
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    imports = {
+        peer: run_child("peers", {"peer": peer, "imports_only": True}, folder, options)["peak_bytes"]
+        for peer in options.peers
+    }
+    start_loss = judge(model, folder, options)["loss"]
+    runs: list[dict[str, Any]] = []
+    rates = []
+    for round_index in range(options.rounds):
+        rates.append(
+            run_child("measure", {"what": "rate"}, folder, options)["bf16_flops"]
+        )
+        seed = options.seeds[round_index % len(options.seeds)]
+        order = list(range(facts["num_train_rows"]))
+        random.Random(seed).shuffle(order)
+        order = order[: options.steps * options.batch]
+        # Each round starts with another peer, so that none is always first after the pause.
+        turn = round_index % len(options.peers)
+        for peer in options.peers[turn:] + options.peers[:turn]:
+            say(f"round {round_index + 1}/{options.rounds}, seed {seed}: {peer}")
+            run = run_peer(peer, model, order, seed, folder, options)
+            run |= {"round": round_index, "imports_bytes": imports[peer]}
+            runs.append(run)
+            say(
+                f"    {run['tokens_per_second']:.0f} tokens/s, {run['peak_bytes'] / GIB:.2f} GiB, "
+                f"held-out loss {run['held_out_loss']:.4f}"
+            )
+    rate = max(rates)
+    for run in runs:
+        flops = 6 * (
+            facts["num_body_parameters"] * run["tokens_per_second"]
+            + facts["num_head_parameters"] * run["targets_per_second"]
+        )
+        run["matmul_share"] = flops / rate
+    return {
+        "command": ["python", "benchmarks/cpu_finetune.py", *sys.argv[1:]],
+        "machine": describe_machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "settings": {key: value for key, value in vars(options).items() if key not in ("json", "keep")},
+        "data": facts,
+        "bf16_flops": rate,
+        "bf16_flops_of_each_round": rates,
+        "held_out_loss_before": start_loss,
+        "peers": {peer: summarize(peer, runs) for peer in options.peers},
+        "runs": runs,
+    }
+
+
+def run_peer(
+    peer: str, model: str, order: list[int], seed: int, folder: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Train once in a process of its own; the saved model is judged in another and deleted."""
+    model_out = folder / "model"
+    shutil.rmtree(model_out, ignore_errors=True)
+    job = {
+        "peer": peer,
+        "model": model,
+        "rows": str(folder / "train.jsonl"),
+        "order": order,
+        "model_out": str(model_out),
+        "seed": seed,
+        **{
+            key: getattr(options, key)
+            for key in ("steps", "batch", "lr", "betas", "weight_decay", "warmup", "clip_norm")
+        },
+    }
+    child = run_child("peers", job, folder, options)
+    run = {
+        "peer": peer,
+        "seed": seed,
+        "held_out_loss": judge(str(model_out), folder, options)["loss"],
+        "peak_bytes": child["peak_bytes"],
+        "wall_seconds": child["wall_seconds"],
+        "peak_bytes_before_saving": child["peak_bytes_before_saving"],
+        **rates_of(child["steps"], options.skip),
+        "steps": child["steps"],
+    }
+    shutil.rmtree(model_out)
+    return run
+
+
+def rates_of(steps: list[dict[str, float]], skip: int) -> dict[str, float]:
+    """Rates of the steady state, and totals of the whole run."""
+    steady = steps[skip:]
+    return {
+        "tokens_per_second": statistics.median(s["tokens"] / s["seconds"] for s in steady),
+        "targets_per_second": statistics.median(s["targets"] / s["seconds"] for s in steady),
+        "tokens_per_second_mean": sum(s["tokens"] for s in steady)
+        / sum(s["seconds"] for s in steady),
+        "num_steps": len(steps),
+        "num_tokens": sum(s["tokens"] for s in steps),
+        "num_targets": sum(s["targets"] for s in steps),
+    }
+
+
+def judge(model: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Held-out loss of a model folder, by the same few lines for every peer."""
+    job = {"what": "loss", "model": model, "rows": str(folder / "held_out.jsonl")}
+    return run_child("measure", job, folder, options)
+
+
+def run_child(
+    script: str, job: dict[str, Any], folder: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Run one of the scripts beside this file and read its result, its time and its peak memory.
+
+    This process stays small and imports no torch: what the kernel counts as a child's peak starts
+    at the size of the process that started it.
+    """
+    job = {**job, "result": str(folder / "result.json")}
+    job_file = folder / "job.json"
+    job_file.write_text(json.dumps(job), encoding="utf-8")
+    Path(job["result"]).unlink(missing_ok=True)
+    command = [sys.executable, str(HERE / f"{script}.py"), str(job_file)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(HERE.parent),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if options.threads:
+        environment |= {"OMP_NUM_THREADS": str(options.threads)}
+    log = folder / f"{script}.log"
+    start = time.perf_counter()
+    with log.open("wb") as file:
+        child = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        tail = log.read_text(encoding="utf-8", errors="replace")[-3000:]
+        sys.exit(f"{tail}\n`{' '.join(command)}` ended with {child.returncode}")
+    result = Path(job["result"])
+    measured: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    return measured | {
+        "peak_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "wall_seconds": time.perf_counter() - start,
+    }
+
+
+def summarize(peer: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over rounds, losses over seeds, ratios to the baseline of the same round."""
+    own = [run for run in runs if run["peer"] == peer]
+    baseline = {run["round"]: run for run in runs if run["peer"] == BASELINE}
+    losses = list({run["seed"]: run["held_out_loss"] for run in own}.values())
+
+    def median(key: str) -> float:
+        return statistics.median(run[key] for run in own)
+
+    def ratio(key: str) -> float | None:
+        pairs = [(run[key], baseline[run["round"]][key]) for run in own if run["round"] in baseline]
+        return statistics.median(mine / theirs for mine, theirs in pairs) if pairs else None
+
+    return {
+        "tokens_per_second": median("tokens_per_second"),
+        "tokens_per_second_of_each_round": [run["tokens_per_second"] for run in own],
+        "targets_per_second": median("targets_per_second"),
+        "matmul_share": median("matmul_share"),
+        "peak_bytes": max(run["peak_bytes"] for run in own),
+        "imports_bytes": own[0]["imports_bytes"],
+        "num_tokens": own[0]["num_tokens"],
+        "num_targets": own[0]["num_targets"],
+        "held_out_loss_mean": statistics.mean(losses),
+        "held_out_loss_spread": max(losses) - min(losses),
+        "held_out_loss_of_each_seed": losses,
+        "speed_ratio": ratio("tokens_per_second"),
+        "memory_ratio": ratio("peak_bytes"),
+    }
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The table, with all that is needed to judge it."""
+    data, machine = result["data"], result["machine"]
+    table = Table(title=f"{result['settings']['kind']} rows, {result['settings']['model']}")
+    for name in (
+        "peer", "tokens/s", "targets/s", "peak GiB", "above imports", "held-out loss", "spread",
+        "bf16 rate used", "speed", "memory", "tokens seen", "targets seen",
+    ):  # fmt: skip
+        table.add_column(name, justify="left" if name == "peer" else "right")
+    for peer, row in result["peers"].items():
+        table.add_row(
+            peer,
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['targets_per_second']:.0f}",
+            f"{row['peak_bytes'] / GIB:.2f}",
+            f"{(row['peak_bytes'] - row['imports_bytes']) / GIB:.2f}",
+            f"{row['held_out_loss_mean']:.4f}",
+            f"{row['held_out_loss_spread']:.4f}",
+            f"{row['matmul_share']:.0%}",
+            "-" if row["speed_ratio"] is None else f"{row['speed_ratio']:.2f} x",
+            "-" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f} x",
+            str(row["num_tokens"]),
+            str(row["num_targets"]),
+        )
+    console = Console(width=max(150, Console().width) if not sys.stdout.isatty() else None)
+    console.print(table)
+    console.print(
+        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_average']:.1f}; "
+        f"bf16 products {result['bf16_flops'] / 1e9:,.0f} GFLOP/s; commit {result['commit']}\n"
+        f"rows of {data['mean_tokens']:.0f} tokens (longest {data['longest_tokens']}), "
+        f"{data['share_trained']:.0%} trained; held-out loss before: "
+        f"{result['held_out_loss_before']:.4f}; speed and memory against {BASELINE}",
+        highlight=False,
+    )
+
+
+def resolve(name: str, folder: Path) -> str:
+    """A path, or the local copy of `asset:NAME`."""
+    return str(Path(name).resolve())
+
+
+def describe_machine() -> dict[str, Any]:
+    """The processor, how much of it is free, and how busy it was."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
+        "load_average": os.getloadavg()[0],
+        "system": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything whose speed is compared."""
+    names = ("fulltune", "torch", "transformers", "trl", "accelerate", "datasets")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit() -> str:
+    """The commit of the repository, `+` appended when files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(HERE), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
+def say(message: str) -> None:
+    """Progress goes to stderr; the table is the only thing on stdout."""
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The neutral judge: held-out loss of a saved model, and the machine's rate of matrix products.
+
+Run by `cpu_finetune.py` in a process of its own: `python measure.py JOB.json`. Nothing of any peer
+is imported here; a model is a folder in the plain Hugging Face layout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main(job: dict[str, Any]) -> None:
+    """Measure what ``job`` names and write it to its result file."""
+    if job["what"] == "rate":
+        result = {"bf16_flops": matmul_rate()}
+    else:
+        result = held_out_loss(job["model"], Path(job["rows"]))
+    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def matmul_rate(size: int = 2048) -> float:
+    """FLOP/s of a square bf16 product: the best of eight, since a busy machine only slows."""
+    import torch
+
+    left = torch.randn(size, size).bfloat16()
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        left @ left
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def held_out_loss(model: str, rows: Path) -> dict[str, float]:
+    """Mean loss per target in nats: float32, one row at a time, no padding and no packing."""
+    import torch
+    from torch.nn import functional
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    loss_sum, num_targets = 0.0, 0
+    with torch.inference_mode():
+        for line in rows.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            logits = network(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            labels = torch.tensor(row["labels"][1:])
+            loss_sum += functional.cross_entropy(logits, labels, reduction="sum").item()
+            num_targets += int((labels != -100).sum())
+    return {"loss": loss_sum / num_targets, "num_targets": num_targets}
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
