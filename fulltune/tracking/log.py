@@ -70,6 +70,12 @@ class MetricsLog:
         """Close the file; closing twice is harmless."""
         self._file.close()
 
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All events of a log, in order. Only the last line may be torn; it is then left out."""

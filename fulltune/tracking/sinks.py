@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import time
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -162,12 +164,14 @@ class _WandbSink:
 class _TrackioSink:
     def __init__(self, run_folder: Path, config: TrackingConfig, settings: dict[str, Any]) -> None:
         self._trackio = _import_extra("trackio", "trackio")
-        self._trackio.init(
-            project=config.project, name=run_folder.name, config=settings, resume="allow"
-        )
+        with redirect_stdout(sys.stderr):  # It greets on stdout, which is for results.
+            self._trackio.init(
+                project=config.project, name=run_folder.name, config=settings, resume="allow"
+            )
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         self._trackio.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._trackio.finish()
+        with redirect_stdout(sys.stderr):
+            self._trackio.finish()
