@@ -1,0 +1,310 @@
+"""`fulltune predict MODEL INPUT`: rows in, the same rows with a `prediction` out, as JSON Lines.
+
+Rows stream: memory does not grow with their number, their order is kept, and every batch is on disk
+before the next one begins, so that an interrupted run goes on with ``resume``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+
+from fulltune.data.formats import RecordFormat, make_example, recognise_format
+from fulltune.data.records import Record, read_records
+from fulltune.data.tasks import ChatExample, ClassificationExample, Message, TaskConfig, TextExample
+from fulltune.errors import DataError, RunFolderError
+from fulltune.inference import (
+    GenerationSettings,
+    Loaded,
+    build_objective,
+    classify,
+    generate,
+    generate_text,
+    in_chunks,
+    load_for_inference,
+)
+from fulltune.objectives.base import TooLong
+from fulltune.objectives.classification import Classification
+from fulltune.runtime import choose_device
+
+FIELD = "prediction"
+"""The field that is added to each row."""
+
+# Rows between two writes: few enough to lose little, many enough for full batches.
+ROWS_GENERATED = 32
+ROWS_CLASSIFIED = 512
+ROWS_LOOKED_AT = 32
+
+
+@dataclass(frozen=True)
+class PredictResult:
+    """What a call of `run` did."""
+
+    output: Path | None
+    """Where the rows are; None is stdout."""
+    num_predicted: int
+    num_kept: int
+    """Rows of an earlier, interrupted call that were kept."""
+    seconds: float
+
+
+def run(
+    model: str,
+    source: str,
+    *,
+    output: Path | None = None,
+    resume: bool = False,
+    settings: GenerationSettings | None = None,
+    data: TaskConfig | None = None,
+    too_long: TooLong = "error",
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    batch_tokens: int = 8192,
+) -> PredictResult:
+    """Predict every row of a source.
+
+    Args:
+        model: a run folder, a model folder, a Hub name, a `.gguf` file or `asset:NAME`.
+        source: rows in any format that training reads. A conversation that ends with the
+            assistant's turn is answered again from before that turn.
+        output: a file to be made; None is stdout.
+        resume: go on after the complete lines of ``output``, which must be of the same rows.
+        settings: how answers are generated.
+        data: how rows are laid out (`format`, `columns`); None recognises it.
+        too_long: classification: what happens to a text longer than the context; `truncate` or
+            `error`, since a dropped row would be missing from the output.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: dtype of the weights; None keeps the stored one.
+        batch_tokens: most tokens of a batch.
+
+    Raises:
+        DataError: a row cannot be read, or does not fit the model; rows before it are written.
+        RunFolderError: ``output`` exists and ``resume`` is off, is of other rows, or cannot be
+            written.
+    """
+    started = time.monotonic()
+    records, layout, loaded = _open(model, source, data, device, dtype, output, resume)
+    num_kept = 0
+    if output is not None and resume and output.exists():
+        num_kept = _keep_complete_lines(output, records)
+    objective = None
+    if loaded.kind == "classification":
+        objective = cast(Classification, build_objective(loaded, too_long=too_long))
+    num_predicted = 0
+    with _Sink(output, append=num_kept > 0 or (resume and output is not None)) as sink:
+        rows = ROWS_CLASSIFIED if objective else ROWS_GENERATED
+        for chunk in in_chunks(records, rows):
+            predictions = _predict(chunk, layout, loaded, objective, settings, batch_tokens)
+            sink.write(
+                [
+                    {**_input_fields(record), FIELD: prediction}
+                    for record, prediction in zip(chunk, predictions, strict=True)
+                ]
+            )
+            num_predicted += len(chunk)
+    return PredictResult(output, num_predicted, num_kept, time.monotonic() - started)
+
+
+def _open(
+    model: str,
+    source: str,
+    data: TaskConfig | None,
+    device: str,
+    dtype: torch.dtype | None,
+    output: Path | None,
+    resume: bool,
+) -> tuple[Iterator[Record], RecordFormat, Loaded]:
+    """Everything that can be refused is refused before the output is touched."""
+    if output is not None and output.exists() and not resume:
+        raise RunFolderError(
+            f"`{output}` exists, and predictions never overwrite a file",
+            hint="go on with it by `--resume`, or give another `--output`",
+        )
+    if output is not None and not output.parent.is_dir():
+        raise RunFolderError(
+            f"`{output}` cannot be made: there is no folder `{output.parent}`",
+            hint="make the folder, or give another `--output`",
+        )
+    records = read_records(source)
+    first = list(itertools.islice(records, ROWS_LOOKED_AT))
+    loaded = load_for_inference(model, device=choose_device(device), dtype=dtype)
+    config = data or TaskConfig(kind=loaded.kind, train=source)
+    if config.kind != loaded.kind:
+        raise DataError(
+            f"the rows are to be read as {config.kind}, but `{model}` is a {loaded.kind} model",
+            hint=f"set the kind to `{loaded.kind}`",
+        )
+    layout = recognise_format(first, config, needs_label=False)
+    return itertools.chain(first, records), layout, loaded
+
+
+def _predict(
+    records: Sequence[Record],
+    layout: RecordFormat,
+    loaded: Loaded,
+    objective: Classification | None,
+    settings: GenerationSettings | None,
+    batch_tokens: int,
+) -> list[dict[str, Any]]:
+    examples = [
+        make_example(record, layout, kind=loaded.kind, needs_label=False) for record in records
+    ]
+    places = [example.where for example in examples]
+    if objective is not None:
+        labelled = classify(
+            loaded.model,
+            objective,
+            cast(list[ClassificationExample], examples),
+            batch_tokens=batch_tokens,
+        )
+        return [
+            {
+                "label": prediction.label,
+                "probability": prediction.probabilities[prediction.label],
+                "probabilities": prediction.probabilities,
+            }
+            for prediction in labelled
+        ]
+    if loaded.kind == "chat":
+        answers = generate(
+            loaded.model,
+            loaded.tokenizer,
+            [_before_answer(cast(ChatExample, example).messages) for example in examples],
+            settings=settings,
+            where=places,
+            batch_tokens=batch_tokens,
+        )
+    else:
+        answers = generate_text(
+            loaded.model,
+            loaded.tokenizer,
+            [cast(TextExample, example).text for example in examples],
+            settings=settings,
+            where=places,
+            batch_tokens=batch_tokens,
+        )
+    return [{"answer": answer.text, "stopped": answer.stopped} for answer in answers]
+
+
+def _before_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    while messages and messages[-1].role == "assistant":
+        messages = messages[:-1]
+    return messages
+
+
+# -- the output ------------------------------------------------------------------------------------
+
+
+class _Sink:
+    """Lines to a file or stdout, on disk after each `write`."""
+
+    def __init__(self, output: Path | None, *, append: bool) -> None:
+        self.output = output
+        self.stream: BinaryIO = sys.stdout.buffer
+        if output is not None:
+            try:
+                self.stream = cast(BinaryIO, output.open("ab" if append else "xb"))
+            except OSError as error:
+                raise _unwritable(output, error) from None
+
+    def __enter__(self) -> _Sink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.output is not None:
+            self.stream.close()
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        try:
+            self.stream.write(lines.encode())
+            self.stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _unwritable(self.output or Path("stdout"), error) from None
+
+
+def _unwritable(output: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"`{output}` cannot be written: {error.strerror}",
+        hint="free space or give another `--output`; what is written stays, `--resume` goes on",
+    )
+
+
+def _input_fields(record: Record) -> dict[str, Any]:
+    if FIELD in record.fields:
+        raise DataError(
+            f"{record.where}: the row has a field `{FIELD}` already, which would be overwritten",
+            hint="rename the field",
+        )
+    return {name: _plain(value) for name, value in record.fields.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON knows it: dates and bytes as text, numbers that are not finite as null."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="backslashreplace")
+    return str(value)
+
+
+def _keep_complete_lines(output: Path, records: Iterator[Record]) -> int:
+    """Compare the lines of ``output`` with the rows, drop a torn last line; the number kept.
+
+    ``records`` is moved past the rows that are kept.
+    """
+    num_kept, end = 0, 0
+    with output.open("r+b") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.endswith(b"\n"):
+                break  # torn by the interruption
+            record = next(records, None)
+            written = _parse_line(output, number, line)
+            if record is None:
+                raise RunFolderError(
+                    f"{output}:{number}: the input has only {num_kept} rows",
+                    hint="give the input that the file was made from, or another `--output`",
+                )
+            if written != _input_fields(record):
+                raise RunFolderError(
+                    f"{output}:{number}: is not the prediction of {record.where}",
+                    hint="give the input that the file was made from, or another `--output`",
+                )
+            num_kept += 1
+            end += len(line)
+        stream.truncate(end)
+    return num_kept
+
+
+def _parse_line(output: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or FIELD not in row:
+        raise RunFolderError(
+            f"{output}:{number}: is not a line that `fulltune predict` wrote",
+            hint="give another `--output`",
+        )
+    del row[FIELD]
+    return row
