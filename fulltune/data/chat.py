@@ -93,7 +93,7 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     if tokenizer.chat_template:
         segments = render_conversation(tokenizer, probe, where="chat template")
         trained_ids, _ = encode_segments(tokenizer, [s for s in segments if s.trained])
-        if trained_ids and trained_ids[-1] in tokenizer.all_special_ids:
+        if trained_ids and trained_ids[-1] in _special_tokens(tokenizer).values():
             ids.add(trained_ids[-1])
     return ids
 
@@ -132,7 +132,14 @@ def _cut(
 def _through_end_of_turn(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
     """The answer without the layout that follows its end-of-turn token: generation stops there."""
     stripped = answer.rstrip()
-    return stripped if stripped.endswith(tuple(tokenizer.all_special_tokens)) else answer
+    return stripped if stripped.endswith(tuple(_special_tokens(tokenizer))) else answer
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """All of them: an end of turn need not be the tokenizer's eos or have a name of its own."""
+    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    added = tokenizer.added_tokens_decoder.items()
+    return named | {token.content: index for index, token in added if token.special}
 
 
 def _render(
