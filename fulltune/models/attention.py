@@ -1,0 +1,612 @@
+"""Attention that keeps packed documents apart, behind transformers' attention interface.
+
+A packed micro-batch is one row ``[1, T]`` of whole documents, one after another, without padding.
+`make_document_kwargs` says where they begin; transformers hands that through the model to every
+attention layer, where `attend` reads it. Importing this module registers the implementation, and
+``attn_implementation=IMPLEMENTATION`` selects it. Without document boundaries (generation, padded
+batches) it is exactly transformers' ``sdpa``, so one model serves training and inference.
+
+    cpu, no dropout             fused kernels per document, like lengths together (`_DocumentAttention`)
+    cuda, bf16 or fp16          ``torch.nn.attention.varlen.varlen_attn``, one kernel for all
+    everything else             ``scaled_dot_product_attention`` per document
+
+Shape suffixes: T tokens of the row, H heads, K key/value heads, G heads per key/value head,
+D size of a head, B documents of one group, L longest document of that group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from fulltune.errors import ModelError
+
+IMPLEMENTATION = "fulltune"
+
+# Arguments that transformers passes on to attention and that do not change its result. A packed row
+# refuses any other argument that is not None: a new kind of attention must fail, not be ignored.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "cache_position",
+        "deterministic",
+        "is_causal",
+        "layer_idx",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "sliding_window",
+        "token_type_ids",
+        "use_cache",
+    }
+)
+# Of those that change the result, the ones that transformers' own sdpa leaves out or refuses.
+_NOT_IN_SDPA = ("softcap", "s_aux")
+
+
+def make_document_kwargs(lengths: Sequence[int], device: torch.device | str) -> dict[str, Any]:
+    """Arguments of a model's forward that say where the documents of a packed row begin.
+
+    Args:
+        lengths: tokens of each document, in the order of the row.
+        device: where the model is.
+
+    Returns:
+        ``position_ids`` int64 [1, T], 0 at each document's start; ``cu_seq_lens_q`` and
+        ``cu_seq_lens_k`` int32 [documents + 1]; ``max_length_q`` and ``max_length_k``.
+    """
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"every document needs at least one token, got lengths {list(lengths)}")
+    boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    positions_T = torch.cat([torch.arange(length) for length in lengths])
+    boundaries = boundaries.to(device)
+    return {
+        "position_ids": positions_T[None].to(device),
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+@torch.no_grad()
+def isolates_documents(model: nn.Module, *, num_tokens: int = 4) -> bool:
+    """Whether packed documents stay apart in this model, found by trying.
+
+    Some models drop the boundaries on the way to attention, or mix tokens in other layers
+    (convolutions, recurrences). Two documents are run in one row, then again with the first one
+    changed: the second must come out the same to the bit.
+
+    Args:
+        model: a transformers model, on its device; anything with ``.logits`` or
+            ``.last_hidden_state``.
+        num_tokens: length of each of the two documents.
+    """
+    device = next(model.parameters()).device
+    kwargs = make_document_kwargs([num_tokens, num_tokens], device)
+    tokens_T = torch.arange(2 * num_tokens, device=device)
+    changed_T = torch.where(tokens_T < num_tokens, tokens_T + num_tokens, tokens_T)
+    was_training = model.training
+    model.eval()
+    outputs = []
+    try:
+        for ids_T in (tokens_T, changed_T):
+            output = model(input_ids=ids_T[None], **kwargs)
+            states = output["logits"] if "logits" in output else output["last_hidden_state"]
+            outputs.append(states[0, num_tokens:])
+    finally:
+        model.train(was_training)
+    return torch.equal(outputs[0], outputs[1])
+
+
+# ---------------------------------------------------------------- masks
+
+
+class DeferredMask:
+    """A mask over a whole row that is only built where attention has no boundaries to go by.
+
+    transformers sees from ``position_ids`` that a row is packed and would build a dense [T, T] mask.
+    """
+
+    def __init__(self, mask_function: Callable[..., Tensor], arguments: dict[str, Any]) -> None:
+        self._mask_function = mask_function
+        self._arguments = arguments
+        self._verdicts: dict[tuple[Any, ...], bool] = {}
+        self._dense: list[Tensor | None] = []
+
+    def dense(self) -> Tensor | None:
+        """The mask as ``sdpa`` would have got it."""
+        if not self._dense:
+            self._dense.append(sdpa_mask(mask_function=self._mask_function, **self._arguments))
+        return self._dense[0]
+
+    def is_pattern(self, boundaries: tuple[int, ...], *, causal: bool, window: int | None) -> bool:
+        """Whether inside every document this is the plain causal, banded or full pattern.
+
+        Asked once per forward pass and pattern; chunked or blockwise masks answer no.
+        """
+        key = (boundaries, causal, window)
+        if key not in self._verdicts:
+            device = self._arguments["device"]
+            zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+            verdict = True
+            for start, end in pairwise(boundaries):
+                index_L = torch.arange(start, end, device=device)
+                found = self._mask_function(
+                    zero, zero, index_L[None, None, :, None], index_L[None, None, None, :]
+                )
+                expected = _pattern(end - start, causal=causal, window=window).to(device)
+                verdict = verdict and bool((found == expected).all())
+            self._verdicts[key] = verdict
+        return self._verdicts[key]
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **arguments: Any,
+) -> Tensor | DeferredMask | None:
+    """transformers' mask for ``sdpa``, but not built yet for an unpadded row (`DeferredMask`)."""
+    arguments |= {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "attention_mask": attention_mask,
+    }
+    skipped = arguments.get("allow_is_causal_skip", True) or arguments.get(
+        "allow_is_bidirectional_skip", False
+    )
+    never_dense = skipped and arguments.get("local_size") is None
+    whole_row = (
+        batch_size == 1
+        and q_length == kv_length > 1
+        and attention_mask is None
+        and isinstance(q_offset, int)
+        and q_offset == kv_offset == 0
+        and not arguments.get("use_vmap", False)
+    )
+    if whole_row and not never_dense:
+        return DeferredMask(mask_function, arguments)
+    return cast("Tensor | None", sdpa_mask(mask_function=mask_function, **arguments))
+
+
+def _pattern(length: int, *, causal: bool, window: int | None) -> Tensor:
+    """Which keys [L queries, L keys] a document's tokens see; a window counts the token itself."""
+    index_L = torch.arange(length)
+    distance_LL = index_L[:, None] - index_L[None, :]
+    seen_LL = distance_LL >= 0 if causal else torch.ones_like(distance_LL, dtype=torch.bool)
+    if window is not None:
+        seen_LL = seen_LL & (distance_LL.abs() < window)
+    return seen_LL
+
+
+# ---------------------------------------------------------------- the attention function
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | DeferredMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """One attention layer; the signature is transformers'.
+
+    Args:
+        module: the attention module; its ``is_causal`` decides where ``is_causal`` is not given.
+        query: [B, H, T, D].
+        key: [B, K, T, D], with H a multiple of K.
+        value: like ``key``.
+        attention_mask: what `make_mask` returned.
+        dropout: probability of dropping an attention weight.
+        scaling: factor on the scores; one over the root of D if not given.
+        is_causal: whether a token sees only itself and those before it.
+        cu_seq_lens_q: int32 [documents + 1], where each document begins; B must then be 1.
+        cu_seq_lens_k: the same tensor.
+        max_length_q: the longest document.
+        max_length_k: the same number.
+        kwargs: ``sliding_window``, and arguments without effect; others are refused.
+
+    Returns:
+        The mixed values [B, T, H, D], and None for the weights, which are never formed.
+    """
+    for name in _NOT_IN_SDPA:
+        if kwargs.get(name) is not None:
+            raise ModelError(
+                f"this model's attention needs `{name}`, which `{IMPLEMENTATION}` cannot compute",
+                hint="load the model with `attn_implementation='eager'` and padded batches",
+            )
+    if cu_seq_lens_q is None:
+        mask = (
+            attention_mask.dense() if isinstance(attention_mask, DeferredMask) else attention_mask
+        )
+        return cast(
+            "tuple[Tensor, None]",
+            sdpa_attention_forward(
+                module, query, key, value, mask, dropout, scaling, is_causal, **kwargs
+            ),
+        )
+
+    window: int | None = kwargs.get("sliding_window")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    on_cuda = query.device.type == "cuda"
+    fused_cuda = (
+        on_cuda
+        and not dropout
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] == value.shape[-1]
+    )
+    # Reading the boundaries back waits for the device, so the fused path only does it for a mask.
+    if not fused_cuda or isinstance(attention_mask, DeferredMask):
+        boundaries = tuple(cu_seq_lens_q.tolist())
+    else:
+        boundaries = ()
+    _refuse_what_packing_cannot_honour(
+        query, key, attention_mask, boundaries, causal=causal, window=window, kwargs=kwargs
+    )
+
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if fused_cuda:
+        longest = max_length_q if max_length_q is not None else query.shape[2]
+        return _varlen(query, key, value, cu_seq_lens_q, longest, scale, causal, window), None
+    if query.device.type == "cpu" and not dropout and query.shape[-1] == value.shape[-1]:
+        groups = _plan(boundaries, causal, window)
+        return _DocumentAttention.apply(query, key, value, groups, causal, scale), None
+    return _per_document(query, key, value, boundaries, scale, dropout, causal, window), None
+
+
+def _refuse_what_packing_cannot_honour(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | DeferredMask | None,
+    boundaries: tuple[int, ...],
+    *,
+    causal: bool,
+    window: int | None,
+    kwargs: dict[str, Any],
+) -> None:
+    hint = "use padded batches for this model (`packing: false`)"
+    for name, value in kwargs.items():
+        # Output switches arrive as False where they are off.
+        if name not in _WITHOUT_EFFECT and value is not None and value is not False:
+            raise ModelError(f"attention over packed documents cannot honour `{name}`", hint=hint)
+    num_tokens = query.shape[2]
+    if query.shape[0] != 1 or key.shape[2] != num_tokens:
+        raise ModelError(
+            f"packed documents need one row and as many keys as queries, but the queries are "
+            f"{list(query.shape)} and the keys {list(key.shape)}",
+            hint=hint,
+        )
+    if boundaries and (boundaries[0] != 0 or boundaries[-1] != num_tokens):
+        raise ModelError(
+            f"`cu_seq_lens_q` runs from {boundaries[0]} to {boundaries[-1]}, but the row has "
+            f"{num_tokens} tokens",
+            hint="make it with `make_document_kwargs` from the lengths of all documents",
+        )
+    if isinstance(mask, DeferredMask):
+        if not mask.is_pattern(boundaries, causal=causal, window=window):
+            raise ModelError(
+                "this model's attention pattern inside a document is neither causal, banded nor "
+                "full, so its documents cannot be packed",
+                hint=hint,
+            )
+    elif mask is not None:
+        raise ModelError(
+            "an attention mask was given together with packed documents, which need none",
+            hint="leave out `attention_mask`; the document boundaries say what is seen",
+        )
+
+
+def _expand_heads(states_BKTD: Tensor, num_heads: int) -> Tensor:
+    """Repeats each key/value head for the query heads that share it."""
+    num_groups = num_heads // states_BKTD.shape[1]
+    if num_groups == 1:
+        return states_BKTD
+    return states_BKTD.repeat_interleave(num_groups, dim=1)
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_lens: Tensor,
+    longest: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # CUDA only, and absent from some builds
+
+    # The kernel counts the tokens on each side without the token itself; -1 is no limit.
+    side = -1 if window is None else window - 1
+    num_heads = query.shape[1]
+    out_THD = varlen_attn(
+        query[0].transpose(0, 1),
+        # Heads are repeated here because the argument for grouped heads is newer than torch 2.11.
+        _expand_heads(key, num_heads)[0].transpose(0, 1),
+        _expand_heads(value, num_heads)[0].transpose(0, 1),
+        cu_seq_lens,
+        cu_seq_lens,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(side, 0 if causal else side),
+    )
+    return cast("Tensor", out_THD)[None]
+
+
+def _per_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: tuple[int, ...],
+    scale: float,
+    dropout: float,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    lengths = [end - start for start, end in pairwise(boundaries)]
+    num_heads = query.shape[1]
+    # The gradient of one split is one concatenation; slices would each fill a row with zeros.
+    parts = zip(
+        lengths,
+        query.split(lengths, dim=2),
+        _expand_heads(key, num_heads).split(lengths, dim=2),
+        _expand_heads(value, num_heads).split(lengths, dim=2),
+        strict=True,
+    )
+    outs = []
+    for length, query_part, key_part, value_part in parts:
+        banded = window is not None and length > window
+        mask_LL = _pattern(length, causal=causal, window=window) if banded else None
+        outs.append(
+            F.scaled_dot_product_attention(
+                query_part,
+                key_part,
+                value_part,
+                attn_mask=None if mask_LL is None else mask_LL.to(query.device),
+                dropout_p=dropout,
+                is_causal=causal and mask_LL is None,
+                scale=scale,
+            )
+        )
+    return torch.cat(outs, dim=2).transpose(1, 2)
+
+
+# ---------------------------------------------------------------- cpu
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Documents that share one kernel call.
+
+    A single document is a slice of the row. Several are gathered as [B, L], shorter ones filled up
+    with their own last token: a causal document never sees its fill, another needs ``bias``.
+    """
+
+    start: int
+    end: int
+    num_documents: int
+    length: int
+    gathered: Tensor | None
+    """int64 [B * L], the row's token at each place; None for a single document."""
+    real: Tensor | None
+    """int64, places in B * L that are not fill; None if there is no fill."""
+    tokens: Tensor | None
+    """int64, the row's tokens at ``real``."""
+    bias: Tensor | None
+    """float32 [1 or B, 1, L, L], minus infinity where a query must not look."""
+
+    def take(self, states_HTD: Tensor) -> Tensor:
+        """[H, T, D] to [B, H, L, D]."""
+        if self.gathered is None:
+            return states_HTD[None, :, self.start : self.end]
+        taken = states_HTD.index_select(1, self.gathered)
+        return taken.unflatten(1, (self.num_documents, self.length)).transpose(0, 1)
+
+    def put(self, row: Tensor, states: Tensor) -> None:
+        """Writes [B, L, ...] to its place in a row [T, ...], without the fill."""
+        if self.tokens is None:
+            row[self.start : self.end].copy_(states[0])
+            return
+        flat = states.flatten(0, 1)
+        if self.real is not None:
+            flat = flat.index_select(0, self.real)
+        row.index_copy_(0, self.tokens, flat.to(row.dtype))
+
+
+# Long documents keep the kernels busy alone; for short ones the calls themselves cost more than the
+# arithmetic, and up to this much of a group may be fill.
+_GROUPED_UP_TO = 128
+_SHORTEST_SHARE = 0.85
+
+
+@lru_cache(maxsize=4)
+def _plan(boundaries: tuple[int, ...], causal: bool, window: int | None) -> tuple[_Group, ...]:
+    """Which documents share a kernel call; the layers of one forward pass share the plan."""
+    documents = sorted(pairwise(boundaries), key=lambda ends: ends[0] - ends[1])
+    shared: list[list[tuple[int, int]]] = []
+    for start, end in documents:
+        length = end - start
+        if shared:
+            longest = shared[-1][0][1] - shared[-1][0][0]
+            like = length == longest or longest <= _GROUPED_UP_TO
+            if like and length >= _SHORTEST_SHARE * longest and longest <= 2 * _GROUPED_UP_TO:
+                shared[-1].append((start, end))
+                continue
+        shared.append([(start, end)])
+    return tuple(_group(documents, causal, window) for documents in shared)
+
+
+def _group(documents: list[tuple[int, int]], causal: bool, window: int | None) -> _Group:
+    starts_B = torch.tensor([start for start, _ in documents])
+    lengths_B = torch.tensor([end - start for start, end in documents])
+    length = int(lengths_B.max())
+    banded = window is not None and length > window
+    filled = bool((lengths_B < length).any())
+    place_L = torch.arange(length)
+
+    seen = _pattern(length, causal=causal, window=window)[None, None] if banded else None
+    if filled and not causal:
+        is_key = (place_L < lengths_B[:, None])[:, None, None, :]
+        # A fill query still looks at something: an empty row would be 0 / 0.
+        seen = is_key.expand(-1, -1, length, -1) if seen is None else seen & is_key
+        seen = seen | (place_L >= lengths_B[:, None])[:, None, :, None]
+    bias = None
+    if seen is not None:
+        bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+
+    if len(documents) == 1:
+        start, end = documents[0]
+        return _Group(start, end, 1, length, None, None, None, bias)
+    gathered = starts_B[:, None] + torch.minimum(place_L, lengths_B[:, None] - 1)
+    is_real = (place_L < lengths_B[:, None]).flatten()
+    return _Group(
+        start=0,
+        end=0,
+        num_documents=len(documents),
+        length=length,
+        gathered=gathered.flatten(),
+        real=is_real.nonzero()[:, 0] if filled else None,
+        tokens=gathered.flatten()[is_real],
+        bias=bias,
+    )
+
+
+_forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Below this length the bf16 backward kernel is 1.5 to 4 times slower than the float32 one (which is
+# also closer to the truth); above it conversion and float32 products cost more than they save.
+_FLOAT32_BACKWARD_UP_TO = 400
+
+
+class _DocumentAttention(torch.autograd.Function):
+    """The CPU's fused attention kernels, called per group and writing into one row.
+
+    Saves the unexpanded inputs, the output (which the next projection saves too) and one number per
+    token and head.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        groups: tuple[_Group, ...],
+        causal: bool,
+        scale: float,
+    ) -> Tensor:
+        num_heads, num_tokens, size = query.shape[1:]
+        query_HTD = query[0]
+        key_HTD = _expand_heads(key, num_heads)[0]
+        value_HTD = _expand_heads(value, num_heads)[0]
+        out_THD = query.new_empty(num_tokens, num_heads, size)
+        log_sums_TH = query.new_empty(num_tokens, num_heads, dtype=_reduced(query.dtype))
+        for group in groups:
+            bias = None if group.bias is None else group.bias.to(query.dtype)
+            out_BHLD, log_sums_BHL = _forward_kernel(
+                group.take(query_HTD),
+                group.take(key_HTD),
+                group.take(value_HTD),
+                0.0,
+                causal and group.bias is None,
+                attn_mask=bias,
+                scale=scale,
+            )
+            group.put(out_THD, out_BHLD.transpose(1, 2))
+            group.put(log_sums_TH, log_sums_BHL.transpose(1, 2))
+        out = out_THD[None]
+        ctx.save_for_backward(query, key, value, out, log_sums_TH)
+        ctx.groups, ctx.causal, ctx.scale = groups, causal, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, log_sums_TH = ctx.saved_tensors
+        num_heads, num_kv_heads = query.shape[1], key.shape[1]
+        inputs = (
+            grad_out[0].transpose(0, 1),
+            query[0],
+            _expand_heads(key, num_heads)[0],
+            _expand_heads(value, num_heads)[0],
+            out[0].transpose(0, 1),
+        )
+        num_tokens, size = query.shape[2:]
+        grad_query_THD = query.new_empty(num_tokens, num_heads, size)
+        grad_key_TKD = query.new_empty(num_tokens, num_kv_heads, size)
+        grad_value_TKD = query.new_empty(num_tokens, num_kv_heads, size)
+        for group in ctx.groups:
+            short = group.length <= _FLOAT32_BACKWARD_UP_TO
+            dtype = _reduced(query.dtype) if short else query.dtype
+            taken = [group.take(states).to(dtype) for states in inputs]
+            log_sums_BHL = group.take(log_sums_TH.T[..., None])[..., 0]
+            if group.real is not None:
+                # Fill has no gradient; what was gathered there belongs to the last token.
+                is_fill = torch.ones(group.num_documents * group.length, dtype=torch.bool)
+                is_fill[group.real] = False
+                taken[0] = taken[0].masked_fill(
+                    is_fill.view(group.num_documents, 1, group.length, 1), 0.0
+                )
+            grads = _backward_kernel(
+                *taken,
+                log_sums_BHL,
+                0.0,
+                ctx.causal and group.bias is None,
+                attn_mask=None if group.bias is None else group.bias.to(dtype),
+                scale=ctx.scale,
+            )
+            group.put(grad_query_THD, grads[0].transpose(1, 2))
+            for row, grad_BHLD in ((grad_key_TKD, grads[1]), (grad_value_TKD, grads[2])):
+                grad_BLKGD = grad_BHLD.transpose(1, 2).unflatten(2, (num_kv_heads, -1))
+                group.put(
+                    row, grad_BLKGD.sum(3) if num_kv_heads < num_heads else grad_BLKGD[:, :, :, 0]
+                )
+        return (
+            grad_query_THD[None].transpose(1, 2),
+            grad_key_TKD[None].transpose(1, 2),
+            grad_value_TKD[None].transpose(1, 2),
+            None,
+            None,
+            None,
+        )
+
+
+def _reduced(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the kernels reduce."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+AttentionMaskInterface.register(IMPLEMENTATION, make_mask)
