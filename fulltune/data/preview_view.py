@@ -1,0 +1,381 @@
+"""The preview for people: facts, findings and examples by token, in the terminal and as a page."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal, TypeAlias
+
+import jinja2
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from fulltune.data.preview import Finding, PreviewFacts, SplitFacts
+
+TokenState: TypeAlias = Literal["trained", "context", "truncated", "padding"]
+
+MEANINGS: dict[TokenState, str] = {
+    "trained": "trained",
+    "context": "read, not trained",
+    "truncated": "removed by truncation",
+    "padding": "padding",
+}
+
+NUM_LABELS = 20
+"""Labels shown with their counts."""
+
+MAX_CHARACTER_TOKENS = 8
+"""Most tokens that one readable piece is made of. A character has four bytes at most, but a token
+may end one character and begin the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenView:
+    """A token, or the few tokens that make one character, as readable text."""
+
+    text: str
+    state: TokenState
+
+
+@dataclass(frozen=True, slots=True)
+class SampleView:
+    """An example to be shown by token."""
+
+    where: str
+    label: str | None
+    tokens: list[TokenView]
+
+
+def view_tokens(
+    decode: Callable[[list[int]], str],
+    input_ids: Sequence[int],
+    targets: Sequence[int],
+    num_kept: int,
+) -> list[TokenView]:
+    """Tokens as text, those that are parts of one UTF-8 character joined.
+
+    Args:
+        decode: the tokenizer's, keeping special tokens and not cleaning up spaces.
+        input_ids: tokens of the example, before truncation.
+        targets: 1 where the token is trained, as long as `input_ids`.
+        num_kept: how many tokens truncation keeps; the rest is shown as removed.
+    """
+    ids = [int(token) for token in input_ids]
+    views: list[TokenView] = []
+    before: list[int] = []
+    start = 0
+    while start < len(ids):
+        stop = _end_of_character(decode, ids, before, start)
+        piece = ids[start:stop]
+        state: TokenState = "trained" if any(targets[start:stop]) else "context"
+        if start >= num_kept:
+            state = "truncated"
+        views.append(TokenView(_text_after(decode, before, piece), state))
+        before, start = piece, stop
+    return views
+
+
+def _end_of_character(
+    decode: Callable[[list[int]], str], ids: list[int], before: list[int], start: int
+) -> int:
+    """Where the text from `start` first ends with a whole character."""
+    for stop in range(start + 1, min(start + MAX_CHARACTER_TOKENS, len(ids)) + 1):
+        if not _text_after(decode, before, ids[start:stop]).endswith("\ufffd"):
+            return stop
+    return start + 1  # bytes that are no UTF-8, or that truncation has cut
+
+
+def _text_after(decode: Callable[[list[int]], str], before: list[int], piece: list[int]) -> str:
+    """The text of a piece where it stands: some tokenizers decode a leading space only then."""
+    context, text = decode(before), decode(before + piece)
+    return text[len(context) :] if text.startswith(context) else decode(piece)
+
+
+def visible(text: str) -> str:
+    """Text with nothing hidden in it: line ends, control and invisible characters are shown."""
+    return "".join(_VISIBLE.get(character) or _escape(character) for character in text)
+
+
+_VISIBLE = {
+    "\n": "⏎\n",
+    "\t": "⇥\t",
+    "\u200c": "\u200c",
+    "\u200d": "\u200d",
+}  # joiners shape letters
+
+
+def _escape(character: str) -> str:
+    if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+        return character
+    return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring tokens of one state; what is left out in their middle is said."""
+
+    state: TokenState
+    pieces: list[str]
+    num_omitted: int
+    tail: list[str]
+
+
+def runs_of(tokens: Sequence[TokenView], *, limit: int) -> list[Run]:
+    """Runs of tokens, long ones shortened in the middle so that every boundary is seen."""
+    runs = []
+    for state, members in groupby(tokens, key=lambda token: token.state):
+        pieces = [visible(token.text) for token in members]
+        shown = 1 if state == "padding" else limit
+        if len(pieces) <= shown:
+            runs.append(Run(state, pieces, 0, []))
+        else:
+            head, tail = (shown + 1) // 2, shown // 2
+            omitted = len(pieces) - head - tail
+            runs.append(Run(state, pieces[:head], omitted, pieces[len(pieces) - tail :]))
+    return runs
+
+
+# -- facts as rows ---------------------------------------------------------------------------------
+
+
+def _rows(facts: PreviewFacts) -> list[tuple[str, list[str]]]:
+    """Name and one value for each split, in the order of reading."""
+    splits = facts.splits
+    by_label = facts.supervision == "labels"
+    rows = [
+        ("examples", [f"{split.num_examples:,}" for split in splits]),
+        ("tokens", [f"{split.num_tokens:,}" for split in splits]),
+        (
+            "with a label" if by_label else "trained tokens",
+            [f"{split.num_targets:,} ({split.target_share:.1%})" for split in splits],
+        ),
+        ("nothing to learn", [_count(split.num_without_target) for split in splits]),
+        ("truncated", [_count(split.num_truncated) for split in splits]),
+        ("  tokens removed", [_count(split.num_removed_tokens) for split in splits]),
+    ]
+    if not by_label:
+        rows.append(("  targets removed", [_count(split.num_removed_targets) for split in splits]))
+    rows += [
+        ("length: median", [_length(split, "median") for split in splits]),
+        ("  90 of 100 within", [_length(split, "p90") for split in splits]),
+        ("  99 of 100 within", [_length(split, "p99") for split in splits]),
+        ("  longest", [_length(split, "longest") for split in splits]),
+        ("duplicates", [_count(split.num_duplicates) for split in splits]),
+    ]
+    if by_label:
+        rows.append(
+            (
+                "contradicting labels",
+                [_count(split.labels.num_contradicting if split.labels else 0) for split in splits],
+            )
+        )
+    if any(split.end_of_turn for split in splits):
+        rows.append(("end of turn trained", [_ends(split) for split in splits]))
+    for other in dict.fromkeys(overlap.other for overlap in facts.overlaps):
+        shared = {
+            overlap.split: overlap.num_examples + overlap.num_inputs
+            for overlap in facts.overlaps
+            if overlap.other == other
+        }
+        cells = [_count(shared[split.name]) if split.name in shared else "" for split in splits]
+        rows.append((f"also in {other}", cells))
+    return rows
+
+
+def _label_rows(facts: PreviewFacts) -> tuple[list[tuple[str, list[str]]], int]:
+    """Labels with their counts, the most frequent first, and how many are not shown."""
+    counts = [split.labels.counts if split.labels else {} for split in facts.splits]
+    totals: dict[str, int] = {}
+    for count in counts:
+        for label, number in count.items():
+            totals[label] = totals.get(label, 0) + number
+    labels = sorted(totals, key=lambda label: -totals[label])
+    rows = [
+        (visible(label), [_share_of(count.get(label, 0), sum(count.values())) for count in counts])
+        for label in labels[:NUM_LABELS]
+    ]
+    return rows, len(labels) - len(rows)
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number else "none"
+
+
+def _length(split: SplitFacts, name: str) -> str:
+    return f"{getattr(split.lengths, name):,}" if split.lengths else "none"
+
+
+def _ends(split: SplitFacts) -> str:
+    ends = split.end_of_turn
+    return f"{ends.num_ending:,} of {ends.num_sampled:,} read" if ends else "none"
+
+
+def _share_of(number: int, total: int) -> str:
+    return f"{number:,} ({number / total:.1%})" if number else "none"
+
+
+# -- terminal --------------------------------------------------------------------------------------
+
+_STYLES: dict[TokenState, str] = {
+    "trained": "green underline",
+    "context": "dim",
+    "truncated": "red strike",
+    "padding": "dim italic",
+}
+_MARKS: dict[TokenState, tuple[str, str]] = {
+    "trained": ("⟦", "⟧"),
+    "context": ("", ""),
+    "truncated": ("~~", "~~"),
+    "padding": ("", ""),
+}
+_LEVEL_STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+_TERMINAL_RUN = 160
+
+
+def render_terminal(
+    facts: PreviewFacts,
+    findings: Sequence[Finding],
+    samples: Sequence[SampleView],
+    console: Console,
+) -> None:
+    """Print the preview. Without colours, brackets stand for them."""
+    marked = console.no_color or not console.is_terminal
+    console.print(_table("", facts, _rows(facts)))
+    label_rows, num_more = _label_rows(facts)
+    if label_rows:
+        console.print(_table("label", facts, label_rows))
+    if num_more:
+        console.print(Text(f"and {num_more:,} more labels", style="dim"))
+    for finding in findings:
+        console.print(_finding_text(finding))
+    if samples:
+        console.print(_legend(samples, marked))
+    for sample in samples:
+        title = Text(visible(sample.where))
+        if sample.label is not None:
+            title.append(" → ").append(visible(sample.label), style="green underline")
+        body = Text(overflow="fold")
+        for run in runs_of(sample.tokens, limit=_TERMINAL_RUN):
+            _append_run(body, run, marked)
+        console.print(Panel(body, title=title, title_align="left", border_style="dim"))
+
+
+def _table(first: str, facts: PreviewFacts, rows: list[tuple[str, list[str]]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column(first, style="bold")
+    for split in facts.splits:
+        table.add_column(Text(visible(split.name)), justify="right")
+    for name, values in rows:
+        table.add_row(
+            Text(name), *(Text(value, style="dim" if value == "none" else "") for value in values)
+        )
+    table.add_row()
+    return table
+
+
+def _finding_text(finding: Finding) -> Text:
+    text = Text().append(f"{finding.level}: ", style=_LEVEL_STYLES[finding.level])
+    text.append(visible(finding.message))
+    if finding.where:
+        text.append(f"\n  rows: {visible('; '.join(finding.where))}", style="dim")
+    return text.append(f"\n  hint: {visible(finding.hint)}\n")
+
+
+def _legend(samples: Sequence[SampleView], marked: bool) -> Text:
+    text = Text()
+    for state in _states(samples):
+        opening, closing = _MARKS[state] if marked else ("", "")
+        text.append(f"{opening}{MEANINGS[state]}{closing}", style=_STYLES[state]).append("   ")
+    return text
+
+
+def _states(samples: Sequence[SampleView]) -> list[TokenState]:
+    used = {token.state for sample in samples for token in sample.tokens}
+    return [state for state in MEANINGS if state in used]
+
+
+def _append_run(text: Text, run: Run, marked: bool) -> None:
+    opening, closing = _MARKS[run.state] if marked else ("", "")
+    text.append(opening)
+    text.append("".join(run.pieces), style=_STYLES[run.state])
+    if run.num_omitted:
+        text.append(f" [… {run.num_omitted:,} more tokens …] ", style="bold")
+    text.append("".join(run.tail), style=_STYLES[run.state])
+    text.append(closing)
+
+
+# -- page ------------------------------------------------------------------------------------------
+
+_PAGE_RUN = 600
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A bar of the drawn histogram, in units of its view box."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    title: str
+
+
+def render_html(
+    facts: PreviewFacts,
+    findings: Sequence[Finding],
+    samples: Sequence[SampleView],
+    *,
+    title: str = "What is trained on",
+) -> str:
+    """The preview as one page that needs nothing else: light and dark, on a phone too."""
+    label_rows, num_more_labels = _label_rows(facts)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fulltune.data", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("preview.html.j2").render(
+        title=title,
+        facts=facts,
+        findings=findings,
+        rows=_rows(facts),
+        label_rows=label_rows,
+        num_more_labels=num_more_labels,
+        histograms=[(split, _columns(split)) for split in facts.splits if split.lengths],
+        samples=[(sample, runs_of(sample.tokens, limit=_PAGE_RUN)) for sample in samples],
+        states=[(state, MEANINGS[state]) for state in _states(samples)],
+        visible=visible,
+    )
+
+
+def _columns(split: SplitFacts) -> list[_Column]:
+    """Bars within a box of 480 by 120; an example or more is always a visible bar."""
+    assert split.lengths is not None
+    bars = split.lengths.histogram
+    most = max(bar.count for bar in bars)
+    step = 480 / len(bars)
+    columns = []
+    for number, bar in enumerate(bars):
+        height = max(120 * bar.count / most, 1.5) if bar.count else 0
+        examples = f"{bar.count:,} example{'' if bar.count == 1 else 's'}"
+        tokens = (
+            f"{bar.low:,} to {bar.high - 1:,} tokens"
+            if bar.high - bar.low > 1
+            else f"{bar.low:,} tokens"
+        )
+        columns.append(
+            _Column(
+                x=round(number * step + 0.5, 2),
+                y=round(120 - height, 2),
+                width=round(step - 1, 2),
+                height=round(height, 2),
+                title=f"{tokens}: {examples}",
+            )
+        )
+    return columns
