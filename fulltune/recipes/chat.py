@@ -119,9 +119,12 @@ def _type_turns(console: Console) -> Iterator[str]:
     """Lines typed at the prompt; Ctrl-C clears the line, Ctrl-D ends."""
     import readline  # noqa: F401  (gives the prompt its arrow keys and its history)
 
+    # readline must know the prompt to redraw it; \001 and \002 mark what takes no room.
+    coloured = console.color_system is not None
+    prompt = "\001\x1b[1;36m\002you\001\x1b[0m\002 › " if coloured else "you › "
     while True:
         try:
-            yield console.input("[bold cyan]you[/] › ")
+            yield input(prompt)
         except EOFError:
             console.print()
             return
@@ -186,8 +189,9 @@ def _answer(
     if pieces:
         conversation.turns.append(Message("assistant", "".join(pieces)))
     else:
-        # Nothing was said: without an answer the template could refuse the next turn.
+        # Without an answer the template could refuse the next turn.
         conversation.turns = before
+        _say(console, "no answer; the message is not kept")
 
 
 def _say(console: Console, text: str) -> None:

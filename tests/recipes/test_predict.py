@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertForSequenceClassification
+
+from fulltune.data.tasks import TaskConfig
+from fulltune.errors import DataError, RunFolderError
+from fulltune.inference import GenerationSettings
+from fulltune.recipes import predict
+
+SHORT = GenerationSettings(max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    model = BertForSequenceClassification.from_pretrained(
+        tiny_bert, num_labels=3, id2label={0: "number", 1: "person", 2: "place"}, label2id={}
+    )
+    model.save_pretrained(directory)
+    for file in tiny_bert.glob("token*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    return str(directory)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_row_comes_out_in_order_with_its_fields_and_a_label(
+    classifier: str, classification_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    result = predict.run(classifier, str(classification_file), output=output)
+    rows, given = read(output), read(classification_file)
+    assert (result.num_predicted, result.num_kept) == (len(given), 0)
+    assert [{k: v for k, v in row.items() if k != "prediction"} for row in rows] == given
+    for row in rows:
+        prediction = row["prediction"]
+        assert set(prediction["probabilities"]) == {"number", "person", "place"}
+        assert sum(prediction["probabilities"].values()) == pytest.approx(1)
+        assert prediction["probability"] == max(prediction["probabilities"].values())
+        assert prediction["probabilities"][prediction["label"]] == prediction["probability"]
+
+
+def test_rows_without_a_label_of_a_csv_file_are_labelled(classifier: str, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.csv", tmp_path / "out.jsonl"
+    with source.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["id", "question"], ["7", "Where is it?"], ["8", "谁？"]])
+    data = TaskConfig(kind="classification", train=str(source), columns={"text": "question"})
+    predict.run(classifier, str(source), output=output, data=data)
+    assert [(row["id"], row["question"]) for row in read(output)] == [
+        ("7", "Where is it?"),
+        ("8", "谁？"),
+    ]
+
+
+def test_conversations_are_answered_before_their_last_answer(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    asked = [{"role": "user", "content": "Hi"}]
+    answered = [*asked, {"role": "assistant", "content": "Hello"}]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"messages": answered}, {"messages": asked}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    predict.run(str(tiny_llama), str(source), output=output, settings=SHORT)
+    first, second = read(output)
+    assert first["messages"] == answered
+    assert first["prediction"] == second["prediction"]
+    assert set(first["prediction"]) == {"answer", "stopped"}
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tiny_llama: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> bytes:
+    output = tmp_path_factory.mktemp("whole") / "out.jsonl"
+    predict.run(str(tiny_llama), str(chat_file), output=output, settings=SHORT)
+    return output.read_bytes()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.013, 0.4, 0.83, 0.9999, 1.0])
+def test_a_resumed_file_equals_an_unbroken_one_wherever_it_was_torn(
+    share: float, whole: bytes, tiny_llama: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(whole[: int(len(whole) * share)])
+    kept = output.read_bytes().count(b"\n")
+    result = predict.run(
+        str(tiny_llama), str(chat_file), output=output, resume=True, settings=SHORT
+    )
+    assert output.read_bytes() == whole
+    assert (result.num_kept, result.num_predicted) == (kept, 40 - kept)
+
+
+def test_resume_starts_where_there_is_no_output_yet(
+    whole: bytes, tiny_llama: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    predict.run(str(tiny_llama), str(chat_file), output=output, resume=True, settings=SHORT)
+    assert output.read_bytes() == whole
+
+
+def test_an_existing_output_is_never_overwritten(
+    tiny_llama: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("mine\n", encoding="utf-8")
+    with pytest.raises(RunFolderError, match="never overwrite") as caught:
+        predict.run(str(tiny_llama), str(chat_file), output=output)
+    assert "--resume" in str(caught.value.hint)
+    with pytest.raises(RunFolderError, match="1: is not a line that `fulltune predict` wrote"):
+        predict.run(str(tiny_llama), str(chat_file), output=output, resume=True)
+    assert output.read_text(encoding="utf-8") == "mine\n"
+
+
+def test_resume_refuses_the_predictions_of_other_rows(
+    whole: bytes, tiny_llama: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    lines = chat_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    output.write_bytes(whole)
+    source.write_text("".join([*lines[:2], *lines[3:]]), encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"out.jsonl:3: is not the prediction of .*in.jsonl:3"):
+        predict.run(str(tiny_llama), str(source), output=output, resume=True)
+    source.write_text("".join(lines[:5]), encoding="utf-8")
+    with pytest.raises(RunFolderError, match="out.jsonl:6: the input has only 5 rows"):
+        predict.run(str(tiny_llama), str(source), output=output, resume=True)
+    assert output.read_bytes() == whole
+
+
+def test_a_row_that_cannot_be_read_leaves_the_rows_before_it_and_resume_goes_on(
+    classifier: str, classification_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "ROWS_CLASSIFIED", 10)
+    lines = classification_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join([*lines[:45], "{broken\n", *lines[46:]]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"in.jsonl:46"):
+        predict.run(classifier, str(source), output=output)
+    assert len(read(output)) == 40
+    source.write_text("".join(lines), encoding="utf-8")
+    predict.run(classifier, str(source), output=output, resume=True)
+    assert len(read(output)) == len(lines)
+
+
+def test_a_field_that_would_be_overwritten_is_an_error(classifier: str, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "a", "prediction": 1}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"in.jsonl:1: the row has a field `prediction` already"):
+        predict.run(classifier, str(source), output=tmp_path / "out.jsonl")
+
+
+def test_a_folder_that_is_not_there_is_named_before_anything_runs(
+    classifier: str, classification_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RunFolderError, match="there is no folder"):
+        predict.run(classifier, str(classification_file), output=tmp_path / "no" / "out.jsonl")
+
+
+def test_a_model_of_another_kind_is_refused(
+    classifier: str, chat_file: Path, tmp_path: Path
+) -> None:
+    data = TaskConfig(kind="chat", train=str(chat_file))
+    with pytest.raises(DataError, match="is a classification model"):
+        predict.run(classifier, str(chat_file), output=tmp_path / "out.jsonl", data=data)
+
+
+def test_without_an_output_the_rows_go_to_stdout(
+    classifier: str, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "你好"}\n', encoding="utf-8")
+    predict.run(classifier, str(source))
+    [line] = capfdbinary.readouterr().out.splitlines()
+    assert json.loads(line)["text"] == "你好"
