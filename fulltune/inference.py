@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ Stream = Callable[[int, str], None]
 
 
 class GenerationSettings(Settings):
-    """How answers are generated. The model's own `generation_config.json` adds its end tokens only."""
+    """How answers are generated; of the model's own `generation_config.json` only end tokens count."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest answer in tokens; an answer also ends where the model's context does."""
@@ -143,7 +143,8 @@ def load_for_inference(
     model.eval()
     labels: tuple[str, ...] = ()
     if kind == "classification":
-        labels = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
+        names = cast(dict[int, str], model.config.id2label)
+        labels = tuple(names[index] for index in range(len(names)))
     return Loaded(model, tokenizer, path, info, kind, labels)
 
 
@@ -210,7 +211,9 @@ def render_prompt(
         ModelError: the tokenizer has no chat template.
     """
     if not messages:
-        raise DataError(f"{where}: is empty, so there is nothing to answer", hint="add a `user` turn")
+        raise DataError(
+            f"{where}: is empty, so there is nothing to answer", hint="add a `user` turn"
+        )
     segments = chat.render_prompt(tokenizer, messages, where=where)
     input_ids, _ = chat.encode_segments(tokenizer, segments)
     return input_ids
@@ -369,7 +372,7 @@ def _generate_batch(
         attention_mask_BT[row, width - len(prompt) :] = 1
     sampler = _RowSampler(prompts, settings)
     watcher = _Streamer(tokenizer, rows, width, set(stops), stream)
-    output_BT = model.generate(
+    output_BT = cast(Any, model).generate(
         input_ids=input_ids_BT.to(device),
         attention_mask=attention_mask_BT.to(device),
         logits_processor=LogitsProcessorList([sampler] if settings.temperature > 0 else []),
@@ -397,7 +400,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     return str(text)
 
 
-class _RowSampler(LogitsProcessor):  # type: ignore[misc]
+class _RowSampler(LogitsProcessor):
     """Makes the greedy choice a sample: the largest of logit plus Gumbel noise is one.
 
     `torch.multinomial` over a batch would make a row's sample depend on the rows before it.
@@ -435,7 +438,7 @@ def _row_seed(prompt: list[int], seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "little")
 
 
-class _Streamer(StoppingCriteria):  # type: ignore[misc]
+class _Streamer(StoppingCriteria):
     """Hands on each row's text as it grows; never stops a row itself."""
 
     def __init__(
@@ -495,7 +498,7 @@ def classify(
         batch_tokens: most tokens in a batch, padding included.
         window: examples held at a time.
     """
-    names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
+    names = objective.labels
     device = next(model.parameters()).device
     for chunk in in_chunks(examples, window):
         encoded = []
@@ -503,7 +506,7 @@ def classify(
             pieces = objective.encode(example)
             if not pieces:
                 raise DataError(
-                    f"{example.where}: the text is longer than the model's context, and was dropped",
+                    f"{example.where}: the text is longer than the context, and was dropped",
                     hint="set `task.too_long=truncate`, or shorten the text",
                 )
             encoded.append(pieces[0])
@@ -548,7 +551,7 @@ def answering(model: PreTrainedModel) -> Generator[None]:
 def cut_into_batches(
     examples: Sequence[EncodedExample], objective: CausalLM | Classification, batch_tokens: int
 ) -> list[list[int]]:
-    """Places of ``examples`` in batches of at most ``batch_tokens``, packed or padded as they are."""
+    """Places of ``examples`` in batches of at most ``batch_tokens``, packed or padded."""
     lengths = np.array([len(example["input_ids"]) for example in examples])
     if objective.packing:
         cut = pack(lengths, batch_tokens)

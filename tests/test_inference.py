@@ -86,7 +86,10 @@ def test_greedy_answers_are_the_likeliest_tokens_one_by_one(
 ) -> None:
     loaded: Loaded = request.getfixturevalue(family)
     answers = generate(
-        loaded.model, loaded.tokenizer, CONVERSATIONS, settings=GenerationSettings(max_new_tokens=12)
+        loaded.model,
+        loaded.tokenizer,
+        CONVERSATIONS,
+        settings=GenerationSettings(max_new_tokens=12),
     )
     for messages, answer in zip(CONVERSATIONS, answers, strict=True):
         expected = greedy_by_hand(loaded, messages, 12)
@@ -129,7 +132,9 @@ def test_samples_have_the_frequencies_of_the_model() -> None:
     logits = torch.tensor([[0.1, 0.5, 0.2, 0.15, 0.05]]).log()
     count = 4000
     sampler = _RowSampler([[0]], GenerationSettings(temperature=1.0))
-    drawn = torch.stack([sampler(torch.empty(0), logits).argmax(-1) for _ in range(count)]).flatten()
+    drawn = torch.stack(
+        [sampler(torch.empty(0), logits).argmax(-1) for _ in range(count)]
+    ).flatten()
     frequencies = torch.bincount(drawn, minlength=5) / count
     # Four standard deviations of a share of one half.
     assert torch.allclose(frequencies, logits.exp()[0], atol=4 * 0.5 / count**0.5)
@@ -267,7 +272,10 @@ def test_answering_leaves_modes_and_random_states_as_they_were(tiny_gpt2: Path) 
     torch.manual_seed(0)
     states = torch.get_rng_state(), random.getstate()
     generate(
-        model, loaded.tokenizer, CONVERSATIONS, settings=GenerationSettings(max_new_tokens=3, temperature=1)
+        model,
+        loaded.tokenizer,
+        CONVERSATIONS,
+        settings=GenerationSettings(max_new_tokens=3, temperature=1),
     )
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -330,7 +338,9 @@ def test_labels_do_not_depend_on_the_batch_and_are_transformers_own(classifier_d
             assert sum(predictions[place].probabilities.values()) == pytest.approx(1)
 
 
-def test_a_text_longer_than_the_context_names_its_line_or_is_truncated(classifier_dir: Path) -> None:
+def test_a_text_longer_than_the_context_names_its_line_or_is_truncated(
+    classifier_dir: Path,
+) -> None:
     loaded = load_for_inference(str(classifier_dir), device=CPU)
     texts = ["short", "house " * 200]
     with pytest.raises(DataError, match=r"rows.jsonl:2: .*128"):

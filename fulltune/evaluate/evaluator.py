@@ -43,13 +43,14 @@ class EvaluateConfig(Settings):
     """When the held-out data is evaluated, and what follows from it."""
 
     every: Period = Quantity(100, "steps")
-    """How often: `100 steps` or `1 epoch`. The first evaluation is before the first step, the last after the last."""
+    """How often: `100 steps` or `1 epoch`, and always after the last step."""
     metric: str | None = None
     """What the best model and early stopping go by; null is the task's first metric."""
     stop_after: Annotated[int, Field(ge=1)] | None = None
     """Evaluations without improvement after which training stops; null never stops early."""
     retention: bool | str = False
-    """Chat and text: also measure the loss on a general text, to notice what is forgotten. `true` takes Shakespeare, a source takes its text."""
+    """Chat and text: also measure the loss on a general text, to notice what is forgotten; `true`
+    takes Shakespeare, a source takes its text."""
     num_samples: Annotated[int, Field(ge=0)] = 3
     """Chat: held-out prompts answered before and after training, shown side by side."""
 
@@ -130,7 +131,7 @@ def evaluate_model(
             "there is no example to evaluate",
             hint="give a validation split that is not empty, or set `task.validation: null`",
         )
-    if kind != "classification":
+    if not isinstance(objective, Classification):
         metrics = language_metrics(loss_sum, num_targets, num_bytes if all_bytes_known else 0)
         # How often the likeliest token is the right one; of interest, but no metric to stop by.
         return EvaluationResult(
@@ -141,7 +142,7 @@ def evaluate_model(
         labels_D.numpy(),
         logits_DC.argmax(dim=-1).numpy(),
         logits_DC.double().softmax(dim=-1).numpy(),
-        [str(model.config.id2label[index]) for index in range(logits_DC.shape[-1])],
+        objective.labels,
     )
     return EvaluationResult(
         metrics={name: value for name, value in measured.items() if name in METRICS},
@@ -207,7 +208,10 @@ def encode_retention(
         DataError: the text is empty.
     """
     reader = replace(
-        objective, max_length=min(window_tokens, objective.max_length), label_smoothing=0.0, z_loss=0.0
+        objective,
+        max_length=min(window_tokens, objective.max_length),
+        label_smoothing=0.0,
+        z_loss=0.0,
     )
     windows: list[EncodedExample] = []
     total = 0

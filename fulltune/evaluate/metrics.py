@@ -57,9 +57,7 @@ def check_metric(name: str | None, kind: TaskKind, *, retention: bool = False) -
     """
     if name is None:
         return TASKS[kind].metrics[0]
-    possible = [
-        known for known in _OF_TASK[kind] if retention or not known.startswith("retention")
-    ]
+    possible = [known for known in _OF_TASK[kind] if retention or not known.startswith("retention")]
     if name in possible:
         return name
     if name in METRICS:
@@ -133,7 +131,9 @@ def classification_metrics(
     probabilities_DL = np.asarray(probabilities, dtype=np.float64)
     num_labels = len(label_names)
     if not len(labels_D):
-        raise DataError("the evaluation data holds no example", hint="give a split that is not empty")
+        raise DataError(
+            "the evaluation data holds no example", hint="give a split that is not empty"
+        )
     num_unknown = int(((labels_D < 0) | (labels_D >= num_labels)).sum())
     if num_unknown:
         raise DataError(

@@ -1,4 +1,4 @@
-"""`fulltune chat MODEL`: talk to a trained model in the terminal, or through a pipe line by line."""
+"""`fulltune chat MODEL`: talk to a model in the terminal, or through a pipe line by line."""
 
 from __future__ import annotations
 
@@ -139,7 +139,9 @@ def _obey(command: str, conversation: Conversation, console: Console) -> None:
         _say(console, "the conversation is forgotten")
     elif name == "/system":
         conversation.system = argument.strip() or None
-        said = "the system prompt is set" if conversation.system else "there is no system prompt now"
+        said = (
+            "the system prompt is set" if conversation.system else "there is no system prompt now"
+        )
         _say(console, said)
     elif name == "/help":
         _say(console, HELP)

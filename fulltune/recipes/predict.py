@@ -12,10 +12,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import torch
 
@@ -33,7 +33,6 @@ from fulltune.inference import (
     in_chunks,
     load_for_inference,
 )
-from fulltune.objectives.base import TooLong
 from fulltune.objectives.classification import Classification
 from fulltune.runtime import choose_device
 
@@ -65,8 +64,8 @@ def run(
     output: Path | None = None,
     resume: bool = False,
     settings: GenerationSettings | None = None,
-    data: TaskConfig | None = None,
-    too_long: TooLong = "error",
+    columns: Mapping[str, str] | None = None,
+    too_long: Literal["error", "truncate"] = "error",
     device: str = "auto",
     dtype: torch.dtype | None = None,
     batch_tokens: int = 8192,
@@ -80,9 +79,9 @@ def run(
         output: a file to be made; None is stdout.
         resume: go on after the complete lines of ``output``, which must be of the same rows.
         settings: how answers are generated.
-        data: how rows are laid out (`format`, `columns`); None recognises it.
-        too_long: classification: what happens to a text longer than the context; `truncate` or
-            `error`, since a dropped row would be missing from the output.
+        columns: our field name -> the column's name in the data.
+        too_long: classification: what happens to a text longer than the context. It cannot be
+            dropped: the row would be missing from the output.
         device: `auto`, `cpu` or `cuda`.
         dtype: dtype of the weights; None keeps the stored one.
         batch_tokens: most tokens of a batch.
@@ -93,7 +92,7 @@ def run(
             written.
     """
     started = time.monotonic()
-    records, layout, loaded = _open(model, source, data, device, dtype, output, resume)
+    records, layout, loaded = _open(model, source, columns or {}, device, dtype, output, resume)
     num_kept = 0
     if output is not None and resume and output.exists():
         num_kept = _keep_complete_lines(output, records)
@@ -118,7 +117,7 @@ def run(
 def _open(
     model: str,
     source: str,
-    data: TaskConfig | None,
+    columns: Mapping[str, str],
     device: str,
     dtype: torch.dtype | None,
     output: Path | None,
@@ -138,7 +137,7 @@ def _open(
     records = read_records(source)
     first = list(itertools.islice(records, ROWS_LOOKED_AT))
     loaded = load_for_inference(model, device=choose_device(device), dtype=dtype)
-    config = data or TaskConfig(kind=loaded.kind, train=source)
+    config = TaskConfig(kind=loaded.kind, train=source, columns=dict(columns))
     if config.kind != loaded.kind:
         raise DataError(
             f"the rows are to be read as {config.kind}, but `{model}` is a {loaded.kind} model",

@@ -117,9 +117,7 @@ def test_evaluating_does_not_change_the_training_it_interrupts(
     assert torch.equal(undisturbed, train(gpt2, dataset, evaluates=True))
 
 
-def test_a_classifier_is_scored_with_its_labels_by_name(
-    tiny_bert: Path, tmp_path: Path
-) -> None:
+def test_a_classifier_is_scored_with_its_labels_by_name(tiny_bert: Path, tmp_path: Path) -> None:
     names = ["number", "person", "place"]
     torch.manual_seed(0)
     model = BertForSequenceClassification.from_pretrained(

@@ -114,7 +114,11 @@ def test_a_classifier_does_not_chat(tiny_bert: Path, tmp_path: Path) -> None:
 
 def test_fitting_never_drops_the_last_message(tiny_llama: Path) -> None:
     loaded = load_for_inference(str(tiny_llama), device=torch.device("cpu"))
-    turns = [Message("user", "old " * 40), Message("assistant", "old"), Message("user", "new " * 40)]
+    turns = [
+        Message("user", "old " * 40),
+        Message("assistant", "old"),
+        Message("user", "new " * 40),
+    ]
     conversation = chat.Conversation(turns=list(turns))
     assert conversation.fit(loaded, SHORT) == 2
     assert conversation.turns == turns[2:]

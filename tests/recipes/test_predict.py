@@ -78,9 +78,7 @@ def test_conversations_are_answered_before_their_last_answer(
 
 
 @pytest.fixture(scope="module")
-def whole(
-    tiny_llama: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> bytes:
+def whole(tiny_llama: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     output = tmp_path_factory.mktemp("whole") / "out.jsonl"
     predict.run(str(tiny_llama), str(chat_file), output=output, settings=SHORT)
     return output.read_bytes()
@@ -131,7 +129,7 @@ def test_resume_refuses_the_predictions_of_other_rows(
     with pytest.raises(RunFolderError, match=r"out.jsonl:3: is not the prediction of .*in.jsonl:3"):
         predict.run(str(tiny_llama), str(source), output=output, resume=True)
     source.write_text("".join(lines[:5]), encoding="utf-8")
-    with pytest.raises(RunFolderError, match="out.jsonl:6: the input has only 5 rows"):
+    with pytest.raises(RunFolderError, match=r"out.jsonl:6: the input has only 5 rows"):
         predict.run(str(tiny_llama), str(source), output=output, resume=True)
     assert output.read_bytes() == whole
 
