@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -25,7 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, TypedDict, cast
+from typing import Any, TypeAlias, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ import pyarrow as pa
 from fulltune.data.formats import RecordFormat, make_example, recognise_format
 from fulltune.data.records import Record, read_records, source_fingerprint
 from fulltune.data.tasks import Example, TaskConfig, TaskKind
-from fulltune.errors import DataError
+from fulltune.errors import DataError, FulltuneError
 
 
 class EncodedExample(TypedDict):
@@ -68,8 +69,8 @@ class EncodedExample(TypedDict):
 # Changes whenever the columns below, or what is written in them, change.
 _FORMAT_VERSION = 1
 
-# One unit of work, of the cache and of recovery after a crash. Its bounds do not depend on the number
-# of workers, so neither do the rows nor the files.
+# One unit of work, of the cache and of recovery after a crash. Its bounds do not depend on the
+# number of workers, so neither do the rows nor the files.
 CHUNK_RECORDS = 2048
 CHUNK_CHARACTERS = 4 * 2**20
 
@@ -101,7 +102,7 @@ Int64Array: TypeAlias = npt.NDArray[np.int64]
 
 
 def content_hash(*parts: str) -> int:
-    """Signed 64-bit hash of texts, the same on every machine; ``("ab", "c")`` is not ``("a", "bc")``."""
+    """Signed 64-bit hash of texts, the same everywhere; ``("ab", "c")`` is not ``("a", "bc")``."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         data = part.encode()
@@ -130,8 +131,11 @@ class EncodedDataset:
     """
 
     def __init__(self, folder: Path, *, deduplicate: bool = False) -> None:
-        """Open what `encode_dataset` has finished; raises `_CorruptShard` for a damaged file."""
-        complete = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
+        """Open what `encode_dataset` has finished; raises `_CorruptFile` for a damaged file."""
+        try:
+            complete = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
+        except ValueError:
+            raise _CorruptFile(folder / _COMPLETE) from None
         self.kind: TaskKind = complete["kind"]
         self.format: str = complete["format"]
         self.num_records: int = complete["num_records"]
@@ -240,7 +244,7 @@ def encode_dataset(
     if (folder / _COMPLETE).is_file():
         try:
             return EncodedDataset(folder, deduplicate=config.deduplicate)
-        except _CorruptShard as error:
+        except _CorruptFile as error:
             with _writing(folder):
                 (folder / _COMPLETE).unlink(missing_ok=True)
                 error.path.unlink(missing_ok=True)
@@ -413,28 +417,36 @@ def _encode_chunks(
         progress(num_records)
 
     # Starting a process costs more than encoding one chunk.
-    first = list(itertools.islice(chunks, 2))
+    items = _chunks_then_error(chunks)
+    first = list(itertools.islice(items, 2))
+    items = itertools.chain(first, items)
     if len(first) < 2 or num_workers <= 1:
-        for chunk in itertools.chain(first, chunks):
-            finished(work.shard(chunk), len(chunk.records))
+        for item in items:
+            if isinstance(item, FulltuneError):
+                raise item
+            finished(work.shard(item), len(item.records))
         return shards, num_records
 
+    failure: FulltuneError | None = None
     waiting: deque[tuple[Future[str], int]] = deque()
     with ProcessPoolExecutor(
-        num_workers, mp_context=_process_context(), initializer=_start_worker, initargs=(work,)
+        num_workers,
+        mp_context=_process_context(work.encode),
+        initializer=_start_worker,
+        initargs=(work,),
     ) as pool:
         try:
-            try:
-                for chunk in itertools.chain(first, chunks):
-                    waiting.append((pool.submit(_encode_chunk, chunk), len(chunk.records)))
-                    if len(waiting) >= 2 * num_workers:
-                        future, count = waiting.popleft()
-                        finished(future.result(), count)
-            finally:
-                # Also when reading failed: an earlier row that cannot be encoded is named first.
-                while waiting:
+            for item in items:
+                if isinstance(item, FulltuneError):
+                    failure = item
+                    break
+                waiting.append((pool.submit(_encode_chunk, item), len(item.records)))
+                if len(waiting) == 2 * num_workers:
                     future, count = waiting.popleft()
                     finished(future.result(), count)
+            while waiting:
+                future, count = waiting.popleft()
+                finished(future.result(), count)
         except BrokenProcessPool as error:
             raise DataError(
                 "a process that encodes the data was killed, probably because memory ran out",
@@ -443,13 +455,27 @@ def _encode_chunks(
         finally:
             for future, _ in waiting:
                 future.cancel()
+    if failure is not None:
+        raise failure
     return shards, num_records
 
 
-def _process_context() -> Any:
+def _chunks_then_error(chunks: Iterator[_Chunk]) -> Iterator[_Chunk | FulltuneError]:
+    """Reading runs ahead of encoding, and an earlier row that fails there is named first."""
+    try:
+        yield from chunks
+    except FulltuneError as error:
+        yield error
+
+
+def _process_context(encode: Encode) -> Any:
     # A forked copy of a process with threads (torch, a progress display) may hang for ever.
-    methods = multiprocessing.get_all_start_methods()
-    return multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # Imported once and then shared by all workers, instead of seconds in each.
+    context.set_forkserver_preload(["__main__", __name__, encode.__module__])
+    return context
 
 
 def _start_worker(work: _Work) -> None:
@@ -481,7 +507,7 @@ def _encode_chunk(chunk: _Chunk) -> str:
 _COMPLETE = "complete.json"
 
 
-class _CorruptShard(Exception):
+class _CorruptFile(Exception):
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
         self.path = path
@@ -528,7 +554,7 @@ class _Columns:
         codes: dict[str, int] = {}
         for path in paths:
             if not _is_whole(path):
-                raise _CorruptShard(path)
+                raise _CorruptFile(path)
             table = _Shard(path).table
             num_rows.append(table.num_rows)
             parts["length"].append(np.diff(table["input_ids"].offsets.to_numpy()))
@@ -570,7 +596,7 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _digest_of_file(stream: BinaryIO) -> str:
+def _digest_of_file(stream: io.BufferedReader) -> str:
     return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 

@@ -161,7 +161,7 @@ def _possible_layouts(config: TaskConfig) -> dict[str, _Layout]:
     if config.format != "auto":
         if config.format not in possible:
             raise ConfigError(
-                f"`task.format` is `{config.format}`, which is not a format of kind `{config.kind}`",
+                f"`task.format` is `{config.format}`, not a format of kind `{config.kind}`",
                 hint=f"choose from {_listed(possible)}, or `auto`",
             )
         possible = {config.format: possible[config.format]}
@@ -324,7 +324,7 @@ class _Row:
                 value.encode()
             except UnicodeEncodeError as error:
                 raise self.error(
-                    f"{name} holds half a character (a lone surrogate) at position {error.start + 1}",
+                    f"{name} holds half a character (a lone surrogate), the {error.start + 1}th",
                     hint="it was cut in the middle of an escaped character; write the row again",
                 ) from None
         return value

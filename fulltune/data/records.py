@@ -43,7 +43,7 @@ class Record:
 
     fields: dict[str, Any]
     where: str
-    """File and line as the user named it, ``data/train.jsonl:17``; the row where there are no lines."""
+    """File and line as the user named it, ``data/train.jsonl:17``; a row if it has no lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def read_records(source: str, *, limit: int | None = None) -> Iterator[Record]:
 
 
 def source_fingerprint(source: str) -> str:
-    """The content of a source as a hash, wherever it lies; for a file what `b2sum -l 256` prints."""
+    """Hash of the content of a source, wherever it lies; for a file what `b2sum -l 256` prints."""
     if source == STANDARD_INPUT:
         raise DataError(
             "standard input `-` can be read only once, and data for training is read again",
@@ -270,7 +270,8 @@ def _bad_line(name: str, number: int, line: bytes, error: UnicodeDecodeError) ->
     )
     return DataError(
         f"{name}:{number}: not UTF-8: {found}",
-        hint=f"convert it, for example `iconv -f {encoding} -t UTF-8 {name} > utf8-{Path(name).name}`",
+        hint="convert it, for example "
+        f"`iconv -f {encoding} -t UTF-8 {name} > utf8-{Path(name).name}`",
     )
 
 
@@ -371,7 +372,7 @@ class _JsonText:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._position)
             except json.JSONDecodeError as error:
-                # A value cut off by the end of the buffer fails near it, or in a string begun earlier.
+                # A value cut off by the buffer's end fails near it, or in a string begun earlier.
                 cut = error.pos >= len(self._buffer) - 16 or error.msg.startswith("Unterminated")
                 if not (cut and self._fill()):
                     where = f"{self._name}:{self._line_at(error.pos)}"
@@ -429,8 +430,8 @@ def _read_json_data(text: _JsonText, name: str) -> Iterator[tuple[int, dict[str,
     text.take("}")
     if "data" not in keys:
         raise DataError(
-            f"`{name}` holds one object with the keys {_listed(map(str, keys))}, not a list of records",
-            hint='a .json file is a list of objects or {"data": [...]}; one object a line is .jsonl',
+            f"`{name}` holds one object ({_listed(map(str, keys))}), not a list of records",
+            hint='a .json file is a list or {"data": [...]}; one object a line is .jsonl',
         )
 
 
@@ -449,7 +450,7 @@ def _csv_rows(name: str, reader: Any) -> Iterator[tuple[int, list[str]]]:
         except csv.Error as error:
             raise DataError(
                 f"{name}:{line}: not CSV: {error}",
-                hint='a field that holds `"`, a comma or a line break is quoted, its own `"` doubled',
+                hint='quote fields that hold `"`, commas or line breaks; double each `"` in them',
             ) from None
         if row is None:
             return

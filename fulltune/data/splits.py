@@ -149,7 +149,7 @@ def _choose(hashes: Int64Array, count: int, seed: int) -> npt.NDArray[Any]:
 
 
 def _mix(values: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
-    """SplitMix64 (Steele et al., 2014): every bit of value and seed moves every bit of the result."""
+    """SplitMix64 (Steele et al., 2014): every bit in moves every bit out."""
     mixed = values ^ np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
