@@ -102,6 +102,7 @@ def last_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         CheckpointError: there are checkpoints, and none is whole.
     """
     problems: list[str] = []
+    remove_unfinished(folder)
     for path in _by_step(folder):
         problem = find_damage(path)
         if problem is None:

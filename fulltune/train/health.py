@@ -13,6 +13,7 @@ import torch
 from fulltune.data.encoding import EncodedExample
 from fulltune.errors import TrainingError
 from fulltune.objectives.base import Objective, to_device
+from fulltune.optim.master_weights import MasterWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,13 +40,20 @@ def nonfinite_rows(
     model: PreTrainedModel,
     objective: Objective,
     examples: Sequence[EncodedExample],
+    masters: MasterWeights,
     device: torch.device,
 ) -> list[str]:
     """Where the examples stand whose own loss, or whose own gradient, is not finite."""
     rows = []
     for example in examples:
         loss = objective.loss_sum(model, to_device(objective.collate([example]), device))
-        if not math.isfinite(float(loss)):
+        loss.backward()
+        gradients = [tensor.grad for tensor in masters.tensors() if tensor.grad is not None]
+        finite = math.isfinite(float(loss)) and all(
+            bool(gradient.isfinite().all()) for gradient in gradients
+        )
+        masters.zero_grad()
+        if not finite:
             rows.append(example["where"])
     return rows
 

@@ -1,0 +1,421 @@
+"""The command line: verbs, a file, then `key=value`. Torch is imported only once a verb runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
+
+import typer
+
+from fulltune.errors import FulltuneError
+
+if TYPE_CHECKING:
+    from fulltune.recipes import finetune as finetune_recipe
+
+app = typer.Typer(
+    name="fulltune",
+    help="Fine-tune every weight of a language model on your own data.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+File = Annotated[Path, typer.Argument(help="Settings file (YAML).", metavar="FILE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings that differ from the file, such as `optimizer.lr=5e-5`.", metavar="KEY=VALUE"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Model = Annotated[
+    str,
+    typer.Argument(help="A run folder, a model folder, a Hub name, a `.gguf` file or `asset:NAME`.", metavar="MODEL"),
+]
+Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
+TRAIN, USE, LIST = "Train", "Use what was trained", "See what there is"
+
+
+# -- train -----------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=TRAIN)
+def demo(
+    run_dir: Annotated[str, typer.Option(help="Folder of the run.")] = "runs/demo",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted demo.")] = False,
+) -> None:
+    """Fine-tune all weights of SmolLM2-135M on real instructions; nothing to configure."""
+    from fulltune.recipes import demo as recipe
+
+    _finetune(recipe.config(_free_folder(run_dir, resume)), resume=resume)
+
+
+@app.command(rich_help_panel=TRAIN)
+def preview(
+    file: File,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=0, help="Examples shown by token.")] = 3,
+    html: Annotated[Path | None, typer.Option(help="Also write a page.", dir_okay=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a run would train on: coloured tokens, counts, leaks between splits."""
+    from fulltune.config import load_config
+    from fulltune.recipes import finetune as recipe
+    from fulltune.recipes import preview as preview_recipe
+
+    config = load_config(recipe.Config, file, overrides or [])
+    if not preview_recipe.run(config, num_samples=samples, html=html, as_json=as_json):
+        raise typer.Exit(2)
+
+
+@app.command(rich_help_panel=TRAIN)
+def finetune(
+    file: File,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint, or start where there is none.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the full settings, and train nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune all weights of a model on a task."""
+    from fulltune.config import dump_config, load_config
+    from fulltune.recipes import finetune as recipe
+
+    config = load_config(recipe.Config, file, overrides or [])
+    if dry_run:
+        typer.echo(dump_config(config), nl=False)
+        return
+    _finetune(config, resume=resume, as_json=as_json)
+
+
+def _finetune(config: finetune_recipe.Config, *, resume: bool, as_json: bool = False) -> None:
+    from fulltune.recipes import demo as demo_recipe
+    from fulltune.recipes import finetune as recipe
+
+    result = recipe.run(config, resume=resume)
+    if not result.is_main:
+        return
+    run_dir = result.run_dir
+    if as_json:
+        _print_json(
+            {
+                "run_dir": str(run_dir), "ending": result.ending, "step": result.step,
+                "metrics": result.metrics, "model": str(run_dir / "model"),
+            }
+        )  # fmt: skip
+    if result.ending == "interrupted":
+        raise typer.Exit(130)
+    if as_json:
+        return
+    if result.already_finished:
+        typer.echo(f"{run_dir} is finished already")
+    for sample in demo_recipe.compare_samples(run_dir):
+        _print_sample(sample)
+    kind = config.task.kind
+    verb = "chat" if kind == "chat" else "evaluate"
+    typer.echo(f"model   {run_dir / 'model'}")
+    typer.echo(f"report  {run_dir / 'report.html'}")
+    typer.echo(f"next    fulltune {verb} {run_dir}")
+
+
+def _print_sample(sample: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(f"Prompt: {sample.prompt}", style="bold"), title_justify="left", expand=True)
+    table.add_column("before", ratio=1)
+    table.add_column("after", ratio=1)
+    table.add_row(Text(sample.before), Text(sample.after))
+    Console().print(table)
+
+
+def _free_folder(folder: str, resume: bool) -> str:
+    """The demo may be run twice: it takes the first free number."""
+    if resume or not Path(folder).exists():
+        return folder
+    number = 2
+    while Path(f"{folder}-{number}").exists():
+        number += 1
+    return f"{folder}-{number}"
+
+
+# -- use -------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=USE)
+def evaluate(
+    model: Model,
+    data: Annotated[
+        str | None, typer.Option(help="Labelled rows; without it, the validation split of the run.")
+    ] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="Our field and your column, `text=question`.")
+    ] = None,
+    too_long: Annotated[str, typer.Option(help="`error`, `truncate` or `drop`.")] = "error",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure a model on held-out data."""
+    from fulltune.recipes import evaluate as recipe
+
+    report = recipe.run(
+        model, data=data, columns=_columns(columns), too_long=_too_long(too_long), device=device
+    )
+    if as_json:
+        _print_json(
+            {
+                "model": report.model, "data": report.data, "num_examples": report.num_examples,
+                "num_targets": report.num_targets, "metrics": report.metrics, "details": report.details,
+            }
+        )  # fmt: skip
+        return
+    _print_metrics(report)
+
+
+@app.command(rich_help_panel=USE)
+def predict(
+    model: Model,
+    source: Annotated[str, typer.Argument(help="Rows in any format that training reads.", metavar="INPUT")],
+    output: Annotated[Path | None, typer.Option(help="JSON Lines to write; without it, stdout.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the lines already written.")] = False,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="Our field and your column, `text=question`.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
+    too_long: Annotated[str, typer.Option(help="Classification: `error` or `truncate`.")] = "error",
+    device: Device = "auto",
+) -> None:
+    """Answer or label every row of a file; streaming, and resumable."""
+    from fulltune.config import build_config
+    from fulltune.inference import GenerationSettings
+    from fulltune.recipes import predict as recipe
+
+    settings = build_config(
+        GenerationSettings,
+        {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed},
+    )
+    result = recipe.run(
+        model, source, output=output, resume=resume, settings=settings, columns=_columns(columns),
+        too_long=_too_long(too_long), device=device,
+    )  # fmt: skip
+    if result.output is not None:
+        kept = f" ({result.num_kept:,} were there)" if result.num_kept else ""
+        typer.echo(f"{result.num_predicted:,} predictions in {result.output}{kept}", err=True)
+
+
+@app.command(rich_help_panel=USE)
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    device: Device = "auto",
+) -> None:
+    """Talk with a model in the terminal."""
+    from fulltune.inference import GenerationSettings
+    from fulltune.recipes import chat as recipe
+
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature)
+    recipe.run(model, settings=settings, system=system, device=device)
+
+
+@app.command(rich_help_panel=USE)
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.", metavar="RUN")],
+    output: Annotated[
+        Path | None, typer.Option(help="The page to write; without it, `report.html` in the first run.")
+    ] = None,
+) -> None:
+    """Write one page of curves, settings, data and samples; several runs side by side."""
+    from fulltune.report.report import write_report
+
+    name = "report.html" if len(runs) == 1 else "comparison.html"
+    typer.echo(write_report(runs, output or runs[0] / name))
+
+
+# -- list ------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=LIST)
+def settings(
+    verb: Annotated[Literal["finetune"], typer.Argument(help="The verb whose settings to list.")] = "finetune",
+    as_json: Json = False,
+) -> None:
+    """List every setting with what it accepts, its default and its meaning."""
+    from fulltune.config import list_settings
+    from fulltune.recipes import finetune as recipe
+
+    rows = list(list_settings(recipe.Config))
+    if as_json:
+        _print_json([vars(row) for row in rows])
+        return
+    _print_table(
+        f"Settings of fulltune {verb}",
+        ("setting", "accepts", "default", "meaning"),
+        [(row.key, row.kind, row.default, row.meaning) for row in rows],
+    )
+
+
+@app.command(rich_help_panel=LIST)
+def tasks(as_json: Json = False) -> None:
+    """List the kinds of task."""
+    from fulltune.data.tasks import TASKS
+
+    rows = [
+        {
+            "kind": task.kind, "summary": task.summary, "fields": list(task.fields),
+            "optional_fields": list(task.optional_fields), "metrics": list(task.metrics),
+        }
+        for task in TASKS.values()
+    ]  # fmt: skip
+    if as_json:
+        _print_json(rows)
+        return
+    _print_table(
+        "Tasks",
+        ("kind", "what is trained", "fields", "metrics"),
+        [
+            (
+                str(row["kind"]), str(row["summary"]),
+                ", ".join([*task.fields, *(f"[{name}]" for name in task.optional_fields)]),
+                ", ".join(task.metrics),
+            )
+            for row, task in zip(rows, TASKS.values(), strict=True)
+        ],
+    )  # fmt: skip
+
+
+@app.command(rich_help_panel=LIST)
+def models(as_json: Json = False) -> None:
+    """List the families of models and the models that can be fetched by name."""
+    _print_assets("model", as_json)
+
+
+@app.command(rich_help_panel=LIST)
+def assets(as_json: Json = False) -> None:
+    """List models and data that can be fetched by name, with source and licence."""
+    _print_assets(None, as_json)
+
+
+def _print_assets(kind: str | None, as_json: bool) -> None:
+    from fulltune.assets import list_assets
+
+    rows = [asset for asset in list_assets() if kind in (None, asset.kind)]
+    if as_json:
+        _print_json(
+            [
+                {
+                    "name": f"asset:{asset.name}", "kind": asset.kind, "summary": asset.summary,
+                    "licence": asset.licence, "source": asset.source,
+                    "package": f"{asset.package}=={asset.version}",
+                }
+                for asset in rows
+            ]
+        )  # fmt: skip
+        return
+    _print_table(
+        "Models" if kind else "Assets",
+        ("name", "what it is", "licence", "package"),
+        [
+            (f"asset:{asset.name}", asset.summary, asset.licence, f"{asset.package} {asset.version}")
+            for asset in rows
+        ],
+    )
+    if kind:
+        typer.echo("Also a local folder, a run folder, a .gguf file, or a Hub name such as OWNER/NAME.")
+
+
+# -- printing --------------------------------------------------------------------------------------
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", show_lines=False, expand=False)
+    for index, name in enumerate(header):
+        table.add_column(name, no_wrap=index == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)
+
+
+def _print_metrics(report: Any) -> None:
+    from fulltune.tracking import format_number
+
+    typer.echo(f"{report.model} on {report.data}: {report.num_examples:,} examples")
+    width = max(len(name) for name in report.metrics)
+    for name, value in report.metrics.items():
+        typer.echo(f"  {name:<{width}}  {format_number(value)}")
+    per_label = report.details.get("per_label")
+    if per_label:
+        _print_table(
+            "Labels",
+            ("label", "precision", "recall", "f1", "examples"),
+            [
+                (
+                    label, f"{values['precision']:.3f}", f"{values['recall']:.3f}",
+                    f"{values['f1']:.3f}", f"{values['support']:,}",
+                )
+                for label, values in per_label.items()
+            ],
+        )  # fmt: skip
+
+
+def _columns(pairs: list[str] | None) -> dict[str, str]:
+    columns = {}
+    for pair in pairs or []:
+        ours, equals, theirs = pair.partition("=")
+        if not (ours and equals and theirs):
+            from fulltune.errors import ConfigError
+
+            raise ConfigError(f"`--column {pair}` names no column", hint="write `--column text=question`")
+        columns[ours] = theirs
+    return columns
+
+
+def _too_long(text: str) -> Literal["error", "truncate", "drop"]:
+    if text not in ("error", "truncate", "drop"):
+        from fulltune.errors import ConfigError
+
+        raise ConfigError(f"`--too-long` cannot be {text!r}", hint="choose from error, truncate, drop")
+    return cast(Literal["error", "truncate", "drop"], text)
+
+
+# -- the door --------------------------------------------------------------------------------------
+
+
+def main() -> NoReturn:
+    """Run a verb. A user's mistake is printed without a traceback; a bug keeps its own."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    for noisy in ("httpx", "huggingface_hub", "transformers", "datasets", "filelock", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        app(prog_name="fulltune")
+    except FulltuneError as error:
+        _fail(str(error), error.hint, error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", None, 130)
+    sys.exit(0)
+
+
+def _fail(message: str, hint: str | None, code: int) -> NoReturn:
+    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {message}", err=True)
+    if hint:
+        typer.echo(f"{typer.style('hint:', fg='cyan', bold=True)} {hint}", err=True)
+    sys.exit(code)

@@ -1,0 +1,196 @@
+"""From settings to checked, encoded data: what `preview` shows and what training trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fulltune.data.chat import end_of_turn_ids
+from fulltune.data.encoding import EncodedDataset, encode_dataset
+from fulltune.data.formats import make_example, recognise_format
+from fulltune.data.joined import JoinedDataset
+from fulltune.data.preview import Finding, PreviewFacts, check, examine
+from fulltune.data.records import read_records, source_fingerprint
+from fulltune.data.splits import Source, parse_validation, split_dataset
+from fulltune.data.tasks import Example, TaskConfig
+from fulltune.errors import ConfigError
+from fulltune.models.families import family_of
+from fulltune.models.loading import context_length, load_tokenizer, resolve_model, set_chat_template
+from fulltune.objectives.causal_lm import CausalLM
+from fulltune.objectives.classification import Classification
+from fulltune.runtime import cache_dir, num_cores
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+IntArray = npt.NDArray[np.int64]
+UNLIMITED = 2**31
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model to start from, before its weights are loaded."""
+
+    path: Path
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Encoded data, its splits, and what was found when it was counted."""
+
+    objective: CausalLM | Classification
+    dataset: JoinedDataset
+    train: IntArray
+    validation: IntArray
+    facts: PreviewFacts
+    findings: list[Finding]
+    notes: tuple[str, ...]
+    """What the user must know: how rows were read and split."""
+    sources: list[dict[str, Any]]
+    """For the manifest: source, content hash, rows."""
+
+
+def open_base(model: str, task: TaskConfig) -> Base:
+    """Find the model and load its configuration and tokenizer, not its weights.
+
+    Raises:
+        ModelError: the folder is incomplete, or the model cannot do the task.
+        AssetError: it could not be fetched.
+    """
+    from transformers import AutoConfig
+
+    path = resolve_model(model)
+    tokenizer = load_tokenizer(path)
+    if task.template is not None:
+        if task.kind != "chat":
+            raise ConfigError(f"`task.template` has no effect with `task.kind: {task.kind}`")
+        set_chat_template(tokenizer, task.template)
+    return Base(path, AutoConfig.from_pretrained(path), tokenizer)
+
+
+def make_objective(
+    base: Base, task: TaskConfig, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> CausalLM | Classification:
+    """The objective of a task on a model; a classifier's labels are filled in once they are known.
+
+    Raises:
+        ConfigError: `max_length` is longer than the model's context.
+        ModelError: the family cannot do the task.
+    """
+    context = context_length(base.config)
+    if task.max_length is not None and task.max_length > context:
+        raise ConfigError(
+            f"`task.max_length` is {task.max_length:,}, but the model's context is {context:,} tokens"
+        )
+    family = family_of(base.config)
+    max_length = task.max_length or context
+    if task.kind == "classification":
+        if z_loss:
+            raise ConfigError("`z_loss` has no effect with `task.kind: classification`")
+        return Classification(
+            base.tokenizer,
+            tuple(task.labels or ()),
+            max_length,
+            family.pooling,
+            too_long=task.too_long,
+            packing=family.can_pack,
+            label_smoothing=label_smoothing,
+        )
+    family.require_causal(base.config)
+    return CausalLM(
+        base.tokenizer,
+        max_length,
+        too_long=task.too_long,
+        packing=family.can_pack,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+
+
+def prepare(
+    objective: CausalLM | Classification,
+    task: TaskConfig,
+    *,
+    seed: int,
+    num_workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Prepared:
+    """Read, encode, split and count the data of a task.
+
+    Raises:
+        DataError: a row cannot be used. Findings of the checks are returned, not raised.
+    """
+    train_sources = (task.train,) if isinstance(task.train, str) else tuple(task.train)
+
+    def encode(sources: Sequence[str]) -> EncodedDataset:
+        return encode_dataset(
+            sources,
+            task,
+            objective.encode,
+            encode_fingerprint=objective.fingerprint,
+            num_workers=num_cores() if num_workers is None else num_workers,
+            cache_dir=cache_dir() / "encoded",
+            progress=progress,
+        )
+
+    parts = [encode(train_sources)]
+    notes = [f"rows read as {parts[0].format}"]
+    wanted = parse_validation(task.validation) if task.validation is not None else None
+    split = split_dataset(parts[0], task.validation, seed=seed)
+    train, validation = split.train, split.validation
+    if split.note:
+        notes.append(split.note)
+    sources = [_describe_source(source) for source in train_sources]
+    if isinstance(wanted, Source):
+        parts.append(encode([wanted.source]))
+        validation = np.arange(len(parts[1]), dtype=np.int64) + len(parts[0])
+        sources.append(_describe_source(wanted.source))
+    dataset = JoinedDataset(parts)
+    if dataset.num_duplicates_dropped:
+        notes.append(f"{dataset.num_duplicates_dropped:,} exact duplicates dropped")
+    if isinstance(objective, Classification) and not objective.labels:
+        present = set(dataset.labels[train].tolist()) - {-1}
+        names = [name for code, name in enumerate(dataset.label_names) if code in present]
+        objective = replace(objective, labels=tuple(names))
+    splits = {"train": train}
+    if task.validation is not None:
+        splits["validation"] = validation
+    ends = end_of_turn_ids(objective.tokenizer) if task.kind == "chat" else set()
+    facts = examine(dataset, splits, end_token_ids=ends)
+    return Prepared(
+        objective, dataset, train, validation, facts, check(facts), tuple(notes), sources
+    )
+
+
+def find_examples(
+    task: TaskConfig, wheres: Collection[str], *, include_validation: bool = True
+) -> dict[str, Example]:
+    """Read the rows at some places again, as examples before tokens."""
+    wanted = set(wheres)
+    sources = [task.train] if isinstance(task.train, str) else list(task.train)
+    if include_validation and task.validation is not None:
+        validation = parse_validation(task.validation)
+        if isinstance(validation, Source):
+            sources.append(validation.source)
+    found: dict[str, Example] = {}
+    for source in sources:
+        if len(found) == len(wanted):
+            break
+        record_format = recognise_format(list(read_records(source, limit=32)), task)
+        for record in read_records(source):
+            if record.where in wanted:
+                found[record.where] = make_example(record, record_format, kind=task.kind)
+                if len(found) == len(wanted):
+                    break
+    return found
+
+
+def _describe_source(source: str) -> dict[str, Any]:
+    return {"source": source, "fingerprint": source_fingerprint(source)}

@@ -1,0 +1,97 @@
+"""`fulltune preview`: what a run would train on, before it does."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from fulltune.data.preview import to_json
+from fulltune.data.preview_view import SampleView, render_html, render_terminal, view_tokens
+from fulltune.errors import ConfigError
+from fulltune.objectives.causal_lm import CausalLM
+from fulltune.recipes.finetune import Config
+from fulltune.recipes.prepare import UNLIMITED, Prepared, find_examples, make_objective, open_base, prepare
+from fulltune.tracking import make_display
+from fulltune.train.run_folder import write_atomically
+
+
+def run(
+    config: Config,
+    *,
+    num_samples: int = 3,
+    html: Path | None = None,
+    as_json: bool = False,
+    console: Console | None = None,
+) -> bool:
+    """Show the examples of a run by token, with counts and findings.
+
+    Args:
+        config: the settings of the run.
+        num_samples: examples shown by token.
+        html: also write a page.
+        as_json: print facts and findings as JSON instead of a table.
+        console: where the table goes; None is stdout.
+
+    Returns:
+        Whether training would start: no finding is an error.
+    """
+    if html is not None and html.exists() and not html.is_file():
+        raise ConfigError(f"`--html {html}` is not a file")
+    with make_display(title="preview") as display:
+        base = open_base(config.model, config.task)
+        objective = make_objective(base, config.task)
+        display.stage("reading and tokenizing the data")
+        prepared = prepare(
+            objective,
+            config.task,
+            seed=config.seed,
+            num_workers=config.num_workers,
+            progress=lambda done: display.progress("records tokenized", done, None),
+        )
+        for note in prepared.notes:
+            display.stage(note)
+        samples = make_samples(prepared, config, num_samples)
+    if as_json:
+        sys.stdout.write(to_json(prepared.facts, prepared.findings) + "\n")
+    else:
+        render_terminal(prepared.facts, prepared.findings, samples, console or Console())
+    if html is not None:
+        title = f"What {config.run_dir} trains on"
+        write_atomically(html, render_html(prepared.facts, prepared.findings, samples, title=title))
+        display.notice(f"written to {html}")
+    return all(finding.level != "error" for finding in prepared.findings)
+
+
+def make_samples(prepared: Prepared, config: Config, num_samples: int) -> list[SampleView]:
+    """Some training examples with what truncation would remove: the first rows and the longest."""
+    chosen = prepared.train[: max(num_samples - 1, 1)].tolist() if num_samples else []
+    if num_samples > 1 and len(prepared.train) > len(chosen):
+        removed = prepared.dataset.num_removed[prepared.train]
+        longest = prepared.dataset.lengths[prepared.train] + removed
+        chosen.append(int(prepared.train[longest.argmax()]))
+    wheres = [prepared.dataset.where(index) for index in dict.fromkeys(chosen)]
+    examples = find_examples(config.task, wheres, include_validation=False)
+    objective = prepared.objective
+    whole = objective
+    if config.task.kind != "text":  # a text is cut into windows, and nothing of it is removed
+        whole = replace(objective, max_length=UNLIMITED)
+    views = []
+    for where in dict.fromkeys(wheres):
+        if where not in examples:
+            continue
+        encoded = whole.encode(examples[where])[0]
+        decode = lambda ids: objective.tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # noqa: E731
+        targets = encoded["targets"] if isinstance(objective, CausalLM) else [0] * len(encoded["targets"])
+        kept = min(len(encoded["input_ids"]), objective.max_length)
+        views.append(
+            SampleView(
+                where, encoded["label"] or None,
+                view_tokens(decode, encoded["input_ids"], targets, kept),
+            )
+        )  # fmt: skip
+    return views
+
+

@@ -1,0 +1,166 @@
+"""The folder of a run: whose it is, what it was started with, and that no other run writes into it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fulltune.config import Settings, build_config, differing_keys, dump_config, read_yaml
+from fulltune.errors import ConfigError, RunFolderError
+
+S = TypeVar("S", bound=Settings)
+
+CONFIG, MANIFEST, CHECKPOINTS, MODEL = "config.yaml", "manifest.json", "checkpoints", "model"
+
+CHANGEABLE = (
+    "device", "memory", "num_workers", "save_every", "keep_checkpoints",
+    "evaluate.stop_after", "evaluate.num_samples", "tracking.sinks", "tracking.project",
+    "tracking.offline", "run_dir",
+)  # fmt: skip
+"""Settings that a resumed run may change: they do not change what is learned."""
+
+
+def has_run(folder: Path) -> bool:
+    """Whether a run was started in the folder."""
+    return (folder / CONFIG).exists()
+
+
+def check_run_folder(folder: Path, config: S, *, resume: bool) -> S | None:
+    """Whether a run may start, or go on, in ``folder``; nothing is written.
+
+    Returns:
+        The settings the run there was started with, or None for a new run.
+
+    Raises:
+        RunFolderError: the folder holds another run or other files, or cannot be written.
+    """
+    if has_run(folder):
+        try:
+            found = build_config(type(config), read_yaml(folder / CONFIG))
+        except ConfigError as error:
+            raise RunFolderError(
+                f"`{folder}` holds a run whose settings this version cannot read: {error}",
+                hint="give `run_dir` another name",
+            ) from None
+        state = "a finished" if is_finished(folder) else "an unfinished"
+        if not resume:
+            go_on = "" if is_finished(folder) else ", or go on with it by `--resume`"
+            raise RunFolderError(
+                f"`{folder}` holds {state} run", hint=f"give `run_dir` another name{go_on}"
+            )
+        differing = [
+            key
+            for key in differing_keys(found, config)
+            if key not in CHANGEABLE and not _only_resolved(key, found, config)
+        ]
+        if differing:
+            raise RunFolderError(
+                f"`{folder}` holds {state} run of other settings (differs in "
+                f"{', '.join(f'`{key}`' for key in differing)})",
+                hint="give `run_dir` another name, or resume with the settings of the run",
+            )
+        return found
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RunFolderError(
+            f"`{folder}` is not empty, and holds no run", hint="give `run_dir` another name"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"`{folder}` is a file", hint="give `run_dir` another name")
+    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RunFolderError(
+            f"`{folder}` cannot be made: no permission to write in `{parent}`",
+            hint="give `run_dir` a folder you may write in",
+        )
+    return None
+
+
+def _only_resolved(key: str, found: Settings, config: Settings) -> bool:
+    """`auto` was resolved when the run began; asking for `auto` again asks for the same."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return bool(value == "auto")
+
+
+def create_run_folder(folder: Path, config: Settings) -> None:
+    """Make the folder with the full settings of the run.
+
+    Raises:
+        RunFolderError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG, dump_config(config))
+    except OSError as error:
+        raise RunFolderError(
+            f"`{folder}` cannot be written: {error}", hint="give `run_dir` a folder you may write in"
+        ) from None
+
+
+@contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """Hold the folder for this process; the lock ends with the process, however it ends.
+
+    Raises:
+        RunFolderError: another process trains in it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(
+                f"another process is training in `{folder}`",
+                hint="wait for it, or give `run_dir` another name",
+            ) from None
+        yield
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by ``text``; a reader sees the old or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Put a finished folder in the place of ``final``."""
+    if final.exists():
+        old = final.with_name(f".{final.name}.{os.getpid()}.old")
+        final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(final)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `manifest.json`: where everything in the run came from, and what came out."""
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str)
+    write_atomically(folder / MANIFEST, text)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `write_manifest` wrote; empty where the run has none yet."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunFolderError(f"`{path}` cannot be read: {error}") from None
+    return manifest
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in the folder came to its end."""
+    return bool(read_manifest(folder).get("finished"))
