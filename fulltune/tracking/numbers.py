@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "retention_loss"})
 """Metrics that fall as a model gets better; every other metric rises."""
 
 

@@ -1,0 +1,559 @@
+"""`fulltune report`: one self-contained HTML page about a run, or about several side by side.
+
+The page asks nothing of the network: style, script and charts are inside it. Everything that comes
+from data, settings or answers is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from fulltune.errors import RunFolderError
+from fulltune.report.charts import (
+    NUM_COLOURS,
+    Mark,
+    Series,
+    bar_chart,
+    heat_map,
+    line_chart,
+    smooth,
+)
+from fulltune.report.model_card import flatten, render_model_card
+from fulltune.report.run_record import MetricCourse, RunRecord, read_run
+from fulltune.tracking import format_bytes, format_duration, format_number
+
+__all__ = ["render_model_card", "write_report"]
+
+# Value of a step event, title, unit, factor from the logged value to the shown one.
+_STEP_CHARTS: tuple[tuple[str, str, str, float], ...] = (
+    ("lr", "Learning rate", "", 1.0),
+    ("grad_norm", "Gradient norm", "before clipping", 1.0),
+    ("tokens_per_second", "Speed", "tokens per second", 1.0),
+    ("matmul_share", "Share of the measured matrix rate", "%", 100.0),
+    ("memory_bytes", "Memory, highest so far", "GiB", 1 / 1024**3),
+    ("updates_rounded_away", "Updates that bf16 alone would round away", "%", 100.0),
+)
+
+_EVENT_WORDS = {
+    "spike": "loss spike",
+    "nonfinite": "loss or gradient not finite",
+    "resume": "resumed",
+    "interrupted": "interrupted",
+    "early_stop": "stopped early",
+    "note": "note",
+}
+
+
+def write_report(runs: Sequence[Path], output: Path) -> Path:
+    """Write one HTML page about one run, or comparing several.
+
+    Args:
+        runs: run folders; an unfinished run works too.
+        output: the file to write.
+
+    Returns:
+        `output`.
+
+    Raises:
+        RunFolderError: a folder is not a run's, or the page cannot be written.
+        DataError: a run has no metrics, or a file in it was changed.
+    """
+    if not runs:
+        raise RunFolderError("no run was given.", hint="give the folder of at least one run")
+    records = [read_run(run) for run in runs]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    if len(records) == 1:
+        page = environment.get_template("run.html.j2").render(describe_run(records[0]))
+    else:
+        page = environment.get_template("comparison.html.j2").render(describe_comparison(records))
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+        temporary.replace(output)
+    except OSError as error:
+        raise RunFolderError(
+            f"`{output}` cannot be written: {error.strerror or error}.",
+            hint="choose another place with `--output`",
+        ) from error
+    return output
+
+
+# ------------------------------------------------------------------------------------- one run
+
+
+def describe_run(run: RunRecord) -> dict[str, Any]:
+    """What the page of one run shows, ready for its template."""
+    warnings = run.data.get("warnings", [])
+    facts, splits, label_charts = _data_facts(run.data)
+    return {
+        "title": run.name,
+        "headline": _headline(run),
+        "status": run.status,
+        "tiles": _tiles(run),
+        "results": _results(run.courses()),
+        "charts": _run_charts(run),
+        "events": _events(run),
+        "samples": run.samples,
+        "confusion": _confusion(run.predictions),
+        "per_class": _per_class(run.predictions),
+        "weight_change": _weight_change(run.manifest),
+        "warnings": [str(warning) for warning in warnings] if isinstance(warnings, list) else [],
+        "facts": facts,
+        "splits": splits,
+        "label_charts": label_charts,
+        "settings": [(key, _setting(value)) for key, value in flatten(run.config)],
+        "model_card": render_markdown(run.model_card) if run.model_card else "",
+        "provenance": _provenance(run.manifest),
+    }
+
+
+def _headline(run: RunRecord) -> str:
+    model = run.manifest.get("base_model") or run.start.get("model") or run.config.get("model")
+    task = run.manifest.get("task")
+    settings = run.config.get("task")
+    if task is None and isinstance(settings, Mapping):
+        task = settings.get("kind")
+    return " · ".join(str(part) for part in (model, task) if part)
+
+
+def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
+    """The few numbers at the top: name, value, and what stands under it."""
+    tiles: list[tuple[str, str, str]] = []
+    course = run.main_course()
+    if course is not None:
+        (_, first), (step, best) = course.first, course.best
+        name = f"best {course.split} {_words(course.metric)}"
+        under = f"at step {step:,}"
+        if len(course.points) > 1:
+            under = f"from {_metric_value(course.metric, first)} · {under}"
+        tiles.append((name, _metric_value(course.metric, best), under))
+    losses = run.values("loss")
+    if losses:
+        first_loss, last_loss = losses[0][1], losses[-1][1]
+        tiles.append(
+            ("training loss", format_number(last_loss), f"from {format_number(first_loss)}")
+        )
+    num_steps = run.start.get("num_steps")
+    planned = f"of {num_steps:,} steps" if isinstance(num_steps, int) else "steps"
+    tiles.append(("trained", f"{run.last_step:,}", planned))
+    tokens = sum(int(event.get("num_tokens") or 0) for event in run.steps())
+    duration = run.duration_seconds
+    if duration:
+        under = f"{tokens / duration:,.0f} tokens per second" if tokens else ""
+        tiles.append(("time", format_duration(duration), under))
+    if tokens:
+        tiles.append(("tokens seen", _large(tokens), f"{tokens:,}"))
+    memory = [value for _, value in run.values("memory_bytes") if math.isfinite(value)]
+    if memory:
+        tiles.append(("memory", format_bytes(max(memory)), "at most"))
+    machine = _machine(run)
+    if machine:
+        tiles.append(("machine", machine[0], machine[1]))
+    return tiles
+
+
+def _machine(run: RunRecord) -> tuple[str, str] | None:
+    machine = run.manifest.get("machine")
+    if not isinstance(machine, Mapping):
+        device = machine or run.start.get("device")
+        return (str(device), "") if device else None
+    name = str(machine.get("gpu") or machine.get("cpu") or machine.get("device") or "")
+    cores = f"{machine['cores']} cores" if "cores" in machine else ""
+    memory = machine.get("memory_bytes")
+    size = format_bytes(memory) if isinstance(memory, (int, float)) else ""
+    return (name, " · ".join(part for part in (cores, size) if part)) if name else None
+
+
+def _results(courses: Sequence[MetricCourse]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for course in courses:
+        metric = course.metric
+        rows.append(
+            (
+                f"{course.split} {_words(metric)}",
+                _metric_value(metric, course.first[1]),
+                _metric_value(metric, course.best[1]),
+                f"{course.best[0]:,}",
+                _metric_value(metric, course.last[1]),
+            )
+        )
+    return rows
+
+
+def _run_charts(run: RunRecord) -> list[Markup]:
+    marks = _marks(run)
+    loss = run.values("loss")
+    series = []
+    if len(loss) >= 20:
+        weight = 1 - 1 / max(4.0, len(loss) / 25)
+        series.append(Series("training, each step", loss, faint=True))
+        series.append(Series("training, smoothed", smooth(loss, weight)))
+    else:
+        series.append(Series("training", loss))
+    courses = run.courses()
+    losses = [course for course in courses if course.metric == "loss"]
+    for index, course in enumerate(losses, start=1):
+        series.append(Series(course.split, course.points, colour=index, dots=True))
+    charts = [_figure(series, "Loss", "nats per target", marks)]
+    charts += _metric_charts([course for course in courses if course.metric != "loss"], marks)
+    for key, title, unit, factor in _STEP_CHARTS:
+        points = [(step, value * factor) for step, value in run.values(key)]
+        start_at_zero = key in ("tokens_per_second", "memory_bytes", "matmul_share")
+        charts.append(_figure([Series(title, points)], title, unit, marks, from_zero=start_at_zero))
+    return [chart for chart in charts if chart]
+
+
+def _metric_charts(courses: Sequence[MetricCourse], marks: Sequence[Mark]) -> list[Markup]:
+    """One chart for a metric with its splits; the shares between 0 and 1 stand together."""
+    groups: dict[str, list[MetricCourse]] = {}
+    for course in courses:
+        share = _is_share(course.metric)
+        groups.setdefault("accuracy and its kin" if share else course.metric, []).append(course)
+    charts = []
+    for name, group in groups.items():
+        metrics = {course.metric for course in group}
+        title = _words(next(iter(metrics)) if len(metrics) == 1 else name).capitalize()
+        factor = 100.0 if _is_share(group[0].metric) else 1.0
+        series = [
+            Series(
+                f"{course.split} {_words(course.metric)}",
+                [(step, value * factor) for step, value in course.points],
+                colour=index,
+                dots=True,
+            )
+            for index, course in enumerate(group, start=1)
+        ]
+        charts.append(_figure(series, title, "%" if factor != 1 else "", marks))
+    return charts
+
+
+def _figure(
+    series: Sequence[Series],
+    title: str,
+    unit: str,
+    marks: Sequence[Mark],
+    *,
+    from_zero: bool = False,
+) -> Markup:
+    """A chart under its title, with a legend where there is more than one line."""
+    chart = line_chart(series, title=title, y_label=unit, marks=marks, from_zero=from_zero)
+    if not chart:
+        return Markup("")
+    legend = Markup("")
+    if len(series) > 1:
+        legend = Markup("").join(
+            Markup('<span class="key series-{}{}">{}</span>').format(
+                one.colour % NUM_COLOURS, " faint" if one.faint else "", one.name
+            )
+            for one in series
+        )
+        legend = Markup('<p class="legend">{}</p>').format(legend)
+    return Markup("<figure><figcaption>{}</figcaption>{}{}</figure>").format(
+        title, legend, Markup(chart)
+    )
+
+
+def _marks(run: RunRecord) -> list[Mark]:
+    marks = []
+    for event in run.events:
+        kind = event["event"]
+        if "step" in event and kind in ("spike", "nonfinite", "resume", "interrupted"):
+            style = "spike" if kind == "nonfinite" else kind
+            marks.append(Mark(event["step"], _EVENT_WORDS[kind], style))
+    course = run.main_course()
+    if course is not None and len(course.points) > 1:
+        label = f"best {course.split} {_words(course.metric)}"
+        marks.append(Mark(course.best[0], label, "best"))
+    return marks
+
+
+def _events(run: RunRecord) -> list[tuple[str, str, str, str]]:
+    """Style, step, what happened, and its details."""
+    rows = []
+    for event in run.events:
+        kind = event["event"]
+        if kind not in _EVENT_WORDS:
+            continue
+        details = [
+            f"{_words(key)}: {_setting(value)}" if key not in ("text", "message") else str(value)
+            for key, value in event.items()
+            if key not in ("event", "time", "step")
+        ]
+        style = "spike" if kind == "nonfinite" else kind
+        rows.append((style, f"{event.get('step', '')}", _EVENT_WORDS[kind], " · ".join(details)))
+    return rows
+
+
+def _confusion(predictions: Mapping[str, Any]) -> Markup:
+    labels, rows = predictions.get("labels"), predictions.get("confusion")
+    if not labels or not rows:
+        return Markup("")
+    names = [str(label) for label in labels]
+    return Markup(heat_map(names, rows, title="Confusion matrix"))
+
+
+def _per_class(predictions: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            str(label),
+            *(f"{float(scores.get(key, math.nan)):.1%}" for key in ("precision", "recall", "f1")),
+            f"{int(scores.get('support', 0)):,}",
+        )
+        for label, scores in predictions.get("per_class", {}).items()
+    ]
+
+
+def _weight_change(manifest: Mapping[str, Any]) -> Markup:
+    bars = [
+        (str(group["group"]), float(group["relative_change"]))
+        for group in manifest.get("weight_change") or ()
+    ]
+    return Markup(bar_chart(bars, title="Relative change per layer group", show=_percent))
+
+
+def _data_facts(
+    data: Mapping[str, Any],
+) -> tuple[list[tuple[str, str]], dict[str, list[tuple[str, str]]], list[tuple[str, Markup]]]:
+    """Facts of the whole data, facts per split, and a bar chart for every count of labels."""
+    facts: list[tuple[str, str]] = []
+    splits: dict[str, list[tuple[str, str]]] = {}
+    charts: list[tuple[str, Markup]] = []
+
+    def add(where: list[tuple[str, str]], name: str, key: str, value: object) -> None:
+        if isinstance(value, Mapping) and value:
+            if "label" in key and all(isinstance(count, (int, float)) for count in value.values()):
+                bars = [(str(label), float(count)) for label, count in value.items()]
+                title = f"{name} {_words(key)}".strip()
+                charts.append((title, Markup(bar_chart(bars, title=title, show=_count))))
+                return
+            where.extend((_words(inner), _fact(inner, item)) for inner, item in flatten(value))
+        elif isinstance(value, list):
+            where.append((_words(key), ", ".join(str(item) for item in value[:20])))
+        else:
+            where.append((_words(key), _fact(key, value)))
+
+    for key, value in data.items():
+        if key == "warnings":
+            continue
+        if isinstance(value, Mapping) and "label" not in key:
+            rows = splits.setdefault(_words(key), [])
+            for inner, item in value.items():
+                add(rows, _words(key), inner, item)
+        else:
+            add(facts, "", key, value)
+    return facts, {name: rows for name, rows in splits.items() if rows}, charts
+
+
+def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for key in ("base_model", "base_model_sha256", "licence", "git_commit"):
+        if manifest.get(key):
+            rows.append((_words(key), str(manifest[key])))
+    for source in manifest.get("data") or ():
+        parts = [f"{_count(source['rows'])} rows"] if "rows" in source else []
+        parts += [f"sha256 {source['sha256']}"] if source.get("sha256") else []
+        rows.append((str(source.get("source", "data")), " · ".join(parts)))
+    for section in ("machine", "versions"):
+        content = manifest.get(section)
+        if isinstance(content, Mapping):
+            rows += [(_words(key), _fact(key, value)) for key, value in content.items()]
+        elif content:
+            rows.append((section, str(content)))
+    return rows
+
+
+# --------------------------------------------------------------------------------- several runs
+
+
+def describe_comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """What the page about several runs shows: results, curves over one another, what differs."""
+    names = _distinct_names(runs)
+    charts = []
+    train = []
+    for index, run in enumerate(runs):
+        loss = run.values("loss")
+        weight = 1 - 1 / max(4.0, len(loss) / 25) if len(loss) >= 20 else 0.0
+        train.append(Series(names[index], smooth(loss, weight), colour=index))
+    charts.append(_figure(train, "Training loss, smoothed", "nats per target", ()))
+    courses = [{(c.split, c.metric): c for c in run.courses()} for run in runs]
+    keys = list(dict.fromkeys(key for of_run in courses for key in of_run))
+    for split, metric in keys:
+        factor = 100.0 if _is_share(metric) else 1.0
+        series = [
+            Series(
+                names[index],
+                [(step, value * factor) for step, value in of_run[split, metric].points],
+                colour=index,
+                dots=True,
+            )
+            for index, of_run in enumerate(courses)
+            if (split, metric) in of_run
+        ]
+        unit = "%" if factor != 1 else "nats per target" if metric == "loss" else ""
+        charts.append(_figure(series, f"{split} {_words(metric)}".capitalize(), unit, ()))
+    for key, title, unit, factor in _STEP_CHARTS:
+        lines = []
+        for index, run in enumerate(runs):
+            points = [(step, value * factor) for step, value in run.values(key)]
+            lines.append(Series(names[index], points, colour=index))
+        charts.append(_figure(lines, title, unit, ()))
+    rows: list[tuple[str, list[str]]] = []
+    for split, metric in keys:
+        cells = []
+        for of_run in courses:
+            course = of_run.get((split, metric))
+            best = (
+                f"{_metric_value(metric, course.best[1])} @ {course.best[0]:,}" if course else "–"
+            )
+            cells.append(best)
+        rows.append((f"best {split} {_words(metric)}", cells))
+    rows += _run_rows(runs)
+    flat = [{key: _setting(value) for key, value in flatten(run.config)} for run in runs]
+    differing = [
+        (key, [settings.get(key, "–") for settings in flat])
+        for key in dict.fromkeys(key for settings in flat for key in settings)
+        if len({settings.get(key, "–") for settings in flat}) > 1
+    ]
+    return {
+        "title": f"{len(runs)} runs compared",
+        "names": names,
+        "headlines": [_headline(run) for run in runs],
+        "statuses": [run.status for run in runs],
+        "results": rows,
+        "differing": differing,
+        "charts": [chart for chart in charts if chart],
+        "num_colours": NUM_COLOURS,
+    }
+
+
+def _run_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    def row(name: str, value: Callable[[RunRecord], str]) -> tuple[str, list[str]]:
+        return name, [value(run) for run in runs]
+
+    def memory(run: RunRecord) -> str:
+        values = [value for _, value in run.values("memory_bytes") if math.isfinite(value)]
+        return format_bytes(max(values)) if values else "–"
+
+    return [
+        row("steps", lambda run: f"{run.last_step:,}"),
+        row("time", lambda run: format_duration(run.duration_seconds)),
+        row("memory, at most", memory),
+        row("machine", lambda run: " · ".join(filter(None, _machine(run) or ("–",)))),
+    ]
+
+
+def _distinct_names(runs: Sequence[RunRecord]) -> list[str]:
+    names = [run.name for run in runs]
+    if len(set(names)) == len(names):
+        return names
+    return [str(run.folder) for run in runs]
+
+
+# ------------------------------------------------------------------------------- words and text
+
+
+def render_markdown(text: str) -> Markup:
+    """The Markdown that model cards use: headings, tables, lists, paragraphs, `code`, **bold**."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    blocks = []
+    for block in re.split(r"\n\s*\n", text.strip()):
+        lines = block.split("\n")
+        heading = re.match(r"(#{1,6}) +(.*)", lines[0])
+        if heading and len(lines) == 1:
+            # The page has a heading of its own above.
+            level = min(6, len(heading[1]) + 2)
+            inline = _inline(heading[2])
+            blocks.append(Markup("<h{0}>{1}</h{0}>").format(level, inline))
+        elif lines[0].startswith("|"):
+            blocks.append(_markdown_table(lines))
+        elif all(line.lstrip().startswith(("- ", "* ")) for line in lines):
+            items = [Markup("<li>{}</li>").format(_inline(line.lstrip()[2:])) for line in lines]
+            blocks.append(Markup("<ul>{}</ul>").format(Markup("").join(items)))
+        else:
+            blocks.append(Markup("<p>{}</p>").format(_inline(" ".join(lines))))
+    return Markup("\n").join(blocks)
+
+
+def _markdown_table(lines: Sequence[str]) -> Markup:
+    rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in lines]
+    body = [row for row in rows if not all(set(cell.strip()) <= set(":-") for cell in row)]
+    html = []
+    for index, row in enumerate(body):
+        tag = "th" if index == 0 else "td"
+        cells = [
+            Markup("<{0}>{1}</{0}>").format(tag, _inline(cell.strip().replace("\\|", "|")))
+            for cell in row
+        ]
+        html.append(Markup("<tr>{}</tr>").format(Markup("").join(cells)))
+    return Markup('<div class="scroll"><table>{}</table></div>').format(Markup("").join(html))
+
+
+def _inline(text: str) -> Markup:
+    safe = str(escape(text.replace("&lt;", "<")))
+    safe = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe)
+    return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", safe))
+
+
+def _is_share(metric: str) -> bool:
+    return metric in ("accuracy", "matthews") or metric.endswith("_f1")
+
+
+def _metric_value(metric: str, value: float) -> str:
+    if _is_share(metric) and metric != "matthews" and math.isfinite(value):
+        return f"{value:.1%}"
+    return format_number(value)
+
+
+def _words(key: str) -> str:
+    return str(key).replace("_", " ").replace(".", " ")
+
+
+def _fact(key: str, value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, (int, float)):
+        if key.endswith("share"):
+            return f"{value:.1%}"
+        if key.endswith("bytes"):
+            return format_bytes(value)
+        return _count(value) if isinstance(value, int) else format_number(value)
+    return str(value)
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value) or "none"
+    if value is None:
+        return "none"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _percent(value: float) -> str:
+    return (
+        f"{value:.2%}" if abs(value) >= 0.001 else f"{value:.2g}" if value == 0 else f"{value:.3%}"
+    )
+
+
+def _large(value: float) -> str:
+    for factor, name in ((1e9, "billion"), (1e6, "million")):
+        if value >= factor:
+            return f"{value / factor:.2f} {name}"
+    return f"{value:,.0f}"

@@ -1,0 +1,245 @@
+"""Reads a run folder, whole or unfinished, into one record that the report draws from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fulltune.errors import DataError, RunFolderError
+from fulltune.tracking import is_better, read_metrics
+
+
+@dataclass(frozen=True)
+class MetricCourse:
+    """One metric of one split over the run."""
+
+    split: str
+    metric: str
+    points: tuple[tuple[int, float], ...]
+
+    @property
+    def first(self) -> tuple[int, float]:
+        """Step and value of the first evaluation."""
+        return self.points[0]
+
+    @property
+    def last(self) -> tuple[int, float]:
+        """Step and value of the last evaluation."""
+        return self.points[-1]
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """Step and value of the best evaluation, the earlier of equals."""
+        best = self.points[0]
+        for point in self.points[1:]:
+            # A value that is NaN loses to any other.
+            if is_better(point[1], best[1], self.metric) or best[1] != best[1]:
+                best = point
+        return best
+
+
+@dataclass(frozen=True)
+class SamplePair:
+    """The same prompt answered by the model as it was and as it became."""
+
+    prompt: tuple[Mapping[str, str], ...]
+    first_step: int
+    before: str
+    last_step: int | None
+    after: str | None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder holds; every part but the events may be empty."""
+
+    folder: Path
+    name: str
+    events: tuple[Mapping[str, Any], ...]
+    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    data: Mapping[str, Any]
+    samples: tuple[SamplePair, ...]
+    predictions: Mapping[str, Any]
+    model_card: str
+
+    @property
+    def start(self) -> Mapping[str, Any]:
+        """The `start` event, or nothing."""
+        return next((event for event in self.events if event["event"] == "start"), {})
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was logged."""
+        return max((int(event.get("step", 0)) for event in self.events), default=0)
+
+    @property
+    def status(self) -> str:
+        """How the run stands: `finished`, `stopped early`, `interrupted` or `unfinished`."""
+        for event in reversed(self.events):
+            if event["event"] == "end":
+                early = any(other["event"] == "early_stop" for other in self.events)
+                return "stopped early" if early else "finished"
+            if event["event"] == "early_stop":
+                return "stopped early"
+            if event["event"] == "interrupted":
+                return "interrupted"
+            if event["event"] in ("step", "resume"):
+                break
+        return "unfinished"
+
+    @property
+    def duration_seconds(self) -> float:
+        """Time of training; without a manifest, the time its logged steps took."""
+        if "duration_seconds" in self.manifest:
+            return float(self.manifest["duration_seconds"])
+        return sum(float(event.get("seconds") or 0.0) for event in self.steps())
+
+    def steps(self) -> list[Mapping[str, Any]]:
+        """The `step` events."""
+        return [event for event in self.events if event["event"] == "step"]
+
+    def values(self, key: str) -> list[tuple[float, float]]:
+        """One value of the steps that have it, as points over the step."""
+        return [
+            (event["step"], float(event[key]))
+            for event in self.steps()
+            if isinstance(event.get(key), (int, float))
+        ]
+
+    def courses(self) -> list[MetricCourse]:
+        """Every metric of every split, in the order in which they were first seen."""
+        points: dict[tuple[str, str], dict[int, float]] = {}
+        for event in self.events:
+            if event["event"] != "evaluation":
+                continue
+            split = str(event.get("split", "validation"))
+            for metric, value in event.items():
+                if isinstance(value, float) and metric not in ("time", "seconds", "epoch"):
+                    points.setdefault((split, metric), {})[int(event.get("step", 0))] = value
+        return [
+            MetricCourse(split, metric, tuple(sorted(course.items())))
+            for (split, metric), course in points.items()
+        ]
+
+    def main_course(self) -> MetricCourse | None:
+        """The metric that the run is judged by: the one of its settings, else the first."""
+        courses = self.courses()
+        evaluate = self.config.get("evaluate")
+        wanted = evaluate.get("metric") if isinstance(evaluate, Mapping) else None
+        if wanted is None and any(course.metric == "accuracy" for course in courses):
+            wanted = "accuracy"
+        for metric in (wanted, "loss"):
+            for course in courses:
+                if course.metric == metric:
+                    return course
+        return courses[0] if courses else None
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        RunFolderError: there is no such folder, or no run made it.
+        DataError: it has no metrics, or a file in it is not what a run writes.
+    """
+    if not folder.is_dir():
+        raise RunFolderError(
+            f"`{folder}` is not a folder.",
+            hint="give the folder of a run, such as `runs/NAME`",
+        )
+    if not any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml")):
+        raise RunFolderError(
+            f"`{folder}` is not a run folder: it has neither `metrics.jsonl` nor `config.yaml`.",
+            hint="give the folder that `run_dir` named when the run was started",
+        )
+    events = read_metrics(folder / "metrics.jsonl")
+    if not events:
+        raise DataError(
+            f"`{folder / 'metrics.jsonl'}` holds no event, so there is nothing to report.",
+            hint="let the run make at least one step",
+        )
+    card = folder / "model" / "README.md"
+    return RunRecord(
+        folder=folder,
+        name=folder.resolve().name,
+        events=tuple(events),
+        config=_read_mapping(folder / "config.yaml"),
+        manifest=_read_mapping(folder / "manifest.json"),
+        data=_read_mapping(folder / "data.json"),
+        samples=_pair_samples(_read_samples(folder, events)),
+        predictions=_read_mapping(folder / "predictions" / "evaluation.json"),
+        model_card=card.read_text(encoding="utf-8") if card.exists() else "",
+    )
+
+
+def _read_mapping(path: Path) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise DataError(
+            f"`{path}` cannot be read: {error}",
+            hint="the file was changed after the run wrote it; restore or remove it",
+        ) from error
+    if not isinstance(content, dict):
+        raise DataError(
+            f"`{path}` holds a {type(content).__name__}, not keys and values.",
+            hint="the file was changed after the run wrote it; restore or remove it",
+        )
+    return content
+
+
+def _read_samples(folder: Path, events: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
+    path = folder / "samples.jsonl"
+    if not path.exists():
+        return [event for event in events if event["event"] == "sample"]
+    samples: list[Mapping[str, Any]] = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            sample = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # torn by a killed run
+                break
+            raise DataError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(sample, dict) or not {"step", "prompt", "answer"} <= sample.keys():
+            raise DataError(
+                f"{path}:{number} is not a sample: `step`, `prompt` and `answer` were expected."
+            )
+        samples.append(sample)
+    return samples
+
+
+def _pair_samples(samples: list[Mapping[str, Any]]) -> tuple[SamplePair, ...]:
+    """The first and the last answer to each prompt."""
+    answers: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        answers.setdefault(json.dumps(sample["prompt"]), []).append(sample)
+    pairs = []
+    for same_prompt in answers.values():
+        ordered = sorted(same_prompt, key=lambda sample: int(sample["step"]))
+        first, last = ordered[0], ordered[-1]
+        several = len(ordered) > 1
+        prompt = first["prompt"]
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        pairs.append(
+            SamplePair(
+                prompt=tuple(prompt),
+                first_step=int(first["step"]),
+                before=str(first["answer"]),
+                last_step=int(last["step"]) if several else None,
+                after=str(last["answer"]) if several else None,
+            )
+        )
+    return tuple(pairs)
