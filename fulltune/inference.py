@@ -62,7 +62,7 @@ Stream = Callable[[int, str], None]
 
 
 class GenerationSettings(Settings):
-    """How answers are generated; of the model's own `generation_config.json` only end tokens count."""
+    """How answers are generated; of a model's `generation_config.json` only end tokens count."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest answer in tokens; an answer also ends where the model's context does."""

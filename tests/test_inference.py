@@ -142,7 +142,7 @@ def test_samples_have_the_frequencies_of_the_model() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.floats(-5, 5), min_size=2, max_size=12, unique=True),
+    st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=12, unique=True),
     st.integers(1, 12),
     st.floats(0.01, 1.0),
 )

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification
 
-from fulltune.data.tasks import TaskConfig
 from fulltune.errors import DataError, RunFolderError
 from fulltune.inference import GenerationSettings
 from fulltune.recipes import predict
@@ -54,8 +53,7 @@ def test_rows_without_a_label_of_a_csv_file_are_labelled(classifier: str, tmp_pa
     source, output = tmp_path / "in.csv", tmp_path / "out.jsonl"
     with source.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([["id", "question"], ["7", "Where is it?"], ["8", "谁？"]])
-    data = TaskConfig(kind="classification", train=str(source), columns={"text": "question"})
-    predict.run(classifier, str(source), output=output, data=data)
+    predict.run(classifier, str(source), output=output, columns={"text": "question"})
     assert [(row["id"], row["question"]) for row in read(output)] == [
         ("7", "Where is it?"),
         ("8", "谁？"),
@@ -161,14 +159,6 @@ def test_a_folder_that_is_not_there_is_named_before_anything_runs(
 ) -> None:
     with pytest.raises(RunFolderError, match="there is no folder"):
         predict.run(classifier, str(classification_file), output=tmp_path / "no" / "out.jsonl")
-
-
-def test_a_model_of_another_kind_is_refused(
-    classifier: str, chat_file: Path, tmp_path: Path
-) -> None:
-    data = TaskConfig(kind="chat", train=str(chat_file))
-    with pytest.raises(DataError, match="is a classification model"):
-        predict.run(classifier, str(chat_file), output=tmp_path / "out.jsonl", data=data)
 
 
 def test_without_an_output_the_rows_go_to_stdout(
