@@ -198,7 +198,9 @@ def examine(
         end_token_ids: tokens that end a turn, for chat; without any, ends are not looked at.
     """
     by_label = dataset.kind == "classification"
-    indices_by_split = {name: np.asarray(rows, dtype=np.int64) for name, rows in splits.items()}
+    indices_by_split = {
+        name: np.sort(np.asarray(rows, dtype=np.int64)) for name, rows in splits.items()
+    }
     return PreviewFacts(
         supervision="labels" if by_label else "tokens",
         splits=tuple(

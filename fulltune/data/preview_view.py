@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 
 import jinja2
 from rich.console import Console
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -155,9 +156,10 @@ def _rows(facts: PreviewFacts) -> list[tuple[str, list[str]]]:
         ),
         ("nothing to learn", [_count(split.num_without_target) for split in splits]),
         ("truncated", [_count(split.num_truncated) for split in splits]),
-        ("  tokens removed", [_count(split.num_removed_tokens) for split in splits]),
     ]
-    if not by_label:
+    if any(split.num_truncated for split in splits):
+        rows.append(("  tokens removed", [_count(split.num_removed_tokens) for split in splits]))
+    if any(split.num_removed_targets for split in splits):
         rows.append(("  targets removed", [_count(split.num_removed_targets) for split in splits]))
     rows += [
         ("length: median", [_length(split, "median") for split in splits]),
@@ -211,7 +213,7 @@ def _length(split: SplitFacts, name: str) -> str:
 
 def _ends(split: SplitFacts) -> str:
     ends = split.end_of_turn
-    return f"{ends.num_ending:,} of {ends.num_sampled:,} read" if ends else "none"
+    return f"{ends.num_ending / ends.num_sampled:.1%}" if ends else "none"
 
 
 def _share_of(number: int, total: int) -> str:
@@ -251,7 +253,9 @@ def render_terminal(
     if num_more:
         console.print(Text(f"and {num_more:,} more labels", style="dim"))
     for finding in findings:
-        console.print(_finding_text(finding))
+        _print_finding(finding, console)
+    if not findings:
+        console.print("nothing to object to\n")
     if samples:
         console.print(_legend(samples, marked))
     for sample in samples:
@@ -261,6 +265,7 @@ def render_terminal(
         body = Text(overflow="fold")
         for run in runs_of(sample.tokens, limit=_TERMINAL_RUN):
             _append_run(body, run, marked)
+        body.rstrip()  # a last line end is shown by its sign already
         console.print(Panel(body, title=title, title_align="left", border_style="dim"))
 
 
@@ -277,12 +282,14 @@ def _table(first: str, facts: PreviewFacts, rows: list[tuple[str, list[str]]]) -
     return table
 
 
-def _finding_text(finding: Finding) -> Text:
-    text = Text().append(f"{finding.level}: ", style=_LEVEL_STYLES[finding.level])
-    text.append(visible(finding.message))
+def _print_finding(finding: Finding, console: Console) -> None:
+    message = Text().append(f"{finding.level}: ", style=_LEVEL_STYLES[finding.level])
+    console.print(message.append(visible(finding.message)))
+    details = Text()
     if finding.where:
-        text.append(f"\n  rows: {visible('; '.join(finding.where))}", style="dim")
-    return text.append(f"\n  hint: {visible(finding.hint)}\n")
+        details.append(f"rows: {visible('; '.join(finding.where))}\n", style="dim")
+    details.append(f"hint: {visible(finding.hint)}")
+    console.print(Padding(details, (0, 0, 1, 2), expand=False))
 
 
 def _legend(samples: Sequence[SampleView], marked: bool) -> Text:

@@ -439,8 +439,7 @@ def test_without_colours_trained_tokens_stand_in_brackets() -> None:
     text = terminal(colour=False)
 
     assert "⟦巴黎<|im_end|>⟧~~ lost~~" in text
-    assert "⟦trained⟧   read, not trained   " not in text.split("⟦trained⟧")[0]
-    assert "read, not trained" in text
+    assert "⟦trained⟧   read, not trained   ~~removed by truncation~~" in text
     assert "\x1b" not in text
 
 
@@ -459,6 +458,29 @@ def test_findings_and_counts_are_printed_with_places_and_hints() -> None:
     assert "rows: chat.jsonl:2" in text
     assert "hint: check that these rows have an answer" in text
     assert "trained tokens" in text
+
+
+def test_sound_data_is_said_to_be_sound() -> None:
+    facts = facts_of([chat_row(0)])
+    console = Console(file=io.StringIO(), width=80)
+    render_terminal(facts, [], [], console)
+
+    assert isinstance(console.file, io.StringIO)
+    assert "nothing to object to" in console.file.getvalue()
+    assert "Nothing to object to" in Page(render_html(facts, [], [])).text
+
+
+def test_labels_are_shown_with_their_counts_and_never_read_as_markup() -> None:
+    rows = [class_row(number, f"[red]<i>label {number % 30}") for number in range(60)]
+    facts = facts_of(rows, kind="classification")
+    console = Console(file=io.StringIO(), width=80)
+    render_terminal(facts, [], [], console)
+
+    assert isinstance(console.file, io.StringIO)
+    for text in (console.file.getvalue(), Page(render_html(facts, [], [])).text):
+        assert "[red]<i>label 0" in text
+        assert "2 (3.3%)" in text
+        assert "and 10 more labels" in text
 
 
 def test_text_of_the_data_can_neither_style_nor_drive_the_terminal() -> None:
