@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,6 +18,9 @@ from fulltune.tracking import format_number
 NUM_COLOURS = 6
 MAX_POINTS = 600
 """Points drawn of one line; of more, the lowest and highest of each stretch are kept."""
+
+_ENOUGH_TO_CLIP = 50
+"""Values of which two in a hundred are an exception; of fewer, all are drawn to scale."""
 
 _WIDTH, _HEIGHT = 520, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 22, 42
@@ -165,15 +169,23 @@ def heat_map(labels: Sequence[str], rows: Sequence[Sequence[float]], *, title: s
     return _svg(parts, title, summary, f"{width:.0f} {height:.0f}", "heat-map")
 
 
-def smooth(points: Sequence[tuple[float, float]], weight: float) -> list[tuple[float, float]]:
-    """Exponential moving average, unbiased at its start; without values that are not finite."""
+def smooth(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+    """Median of the `window` values around each; without values that are not finite.
+
+    A median, for a mean would draw a single spike as a slow decay that never was.
+    """
+    finite = [point for point in points if math.isfinite(point[1])]
+    half = window // 2
+    ordered: list[float] = sorted(y for _, y in finite[:half])
     result = []
-    average = total = 0.0
-    for x, y in points:
-        if math.isfinite(y):
-            average = weight * average + (1 - weight) * y
-            total = weight * total + (1 - weight)
-            result.append((x, average / total))
+    for index, (x, _) in enumerate(finite):
+        if index + half < len(finite):
+            insort(ordered, finite[index + half][1])
+        if index - half > 0:
+            del ordered[bisect_left(ordered, finite[index - half - 1][1])]
+        middle = len(ordered) // 2
+        low = ordered[middle] if len(ordered) % 2 else ordered[middle - 1]
+        result.append((x, (low + ordered[middle]) / 2))
     return result
 
 
@@ -227,7 +239,7 @@ def _y_range(values: Sequence[float], *, from_zero: bool) -> tuple[float, float]
     usual_low = ordered[int(0.02 * (len(ordered) - 1))]
     usual_high = ordered[int(0.98 * (len(ordered) - 1))]
     spread = usual_high - usual_low
-    if spread > 0 and high > usual_high + 2 * spread:
+    if len(ordered) >= _ENOUGH_TO_CLIP and spread > 0 and high > usual_high + 2 * spread:
         high = usual_high + 0.3 * spread
     if from_zero:
         low = min(0.0, low)

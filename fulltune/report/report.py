@@ -41,6 +41,8 @@ _STEP_CHARTS: tuple[tuple[str, str, str, float], ...] = (
     ("updates_rounded_away", "Updates that bf16 alone would round away", "%", 100.0),
 )
 
+_FROM_ZERO = frozenset({"tokens_per_second", "matmul_share", "memory_bytes"})
+
 _EVENT_WORDS = {
     "spike": "loss spike",
     "nonfinite": "loss or gradient not finite",
@@ -106,6 +108,7 @@ def describe_run(run: RunRecord) -> dict[str, Any]:
         "tiles": _tiles(run),
         "results": _results(run.courses()),
         "charts": _run_charts(run),
+        "mark_keys": list(dict.fromkeys((mark.kind, mark.label) for mark in _marks(run))),
         "events": _events(run),
         "samples": run.samples,
         "confusion": _confusion(run.predictions),
@@ -199,9 +202,8 @@ def _run_charts(run: RunRecord) -> list[Markup]:
     loss = run.values("loss")
     series = []
     if len(loss) >= 20:
-        weight = 1 - 1 / max(4.0, len(loss) / 25)
         series.append(Series("training, each step", loss, faint=True))
-        series.append(Series("training, smoothed", smooth(loss, weight)))
+        series.append(Series("training, running median", smooth(loss, _window(loss))))
     else:
         series.append(Series("training", loss))
     courses = run.courses()
@@ -265,6 +267,10 @@ def _figure(
     return Markup("<figure><figcaption>{}</figcaption>{}{}</figure>").format(
         title, legend, Markup(chart)
     )
+
+
+def _window(points: Sequence[object]) -> int:
+    return max(5, len(points) // 25)
 
 
 def _marks(run: RunRecord) -> list[Mark]:
@@ -386,9 +392,9 @@ def describe_comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
     train = []
     for index, run in enumerate(runs):
         loss = run.values("loss")
-        weight = 1 - 1 / max(4.0, len(loss) / 25) if len(loss) >= 20 else 0.0
-        train.append(Series(names[index], smooth(loss, weight), colour=index))
-    charts.append(_figure(train, "Training loss, smoothed", "nats per target", ()))
+        smoothed = smooth(loss, _window(loss)) if len(loss) >= 20 else loss
+        train.append(Series(names[index], smoothed, colour=index))
+    charts.append(_figure(train, "Training loss, running median", "nats per target", ()))
     courses = [{(c.split, c.metric): c for c in run.courses()} for run in runs]
     keys = list(dict.fromkeys(key for of_run in courses for key in of_run))
     for split, metric in keys:
@@ -410,7 +416,7 @@ def describe_comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
         for index, run in enumerate(runs):
             points = [(step, value * factor) for step, value in run.values(key)]
             lines.append(Series(names[index], points, colour=index))
-        charts.append(_figure(lines, title, unit, ()))
+        charts.append(_figure(lines, title, unit, (), from_zero=key in _FROM_ZERO))
     rows: list[tuple[str, list[str]]] = []
     for split, metric in keys:
         cells = []
@@ -553,7 +559,7 @@ def _percent(value: float) -> str:
 
 
 def _large(value: float) -> str:
-    for factor, name in ((1e9, "billion"), (1e6, "million")):
+    for factor, name in ((1e9, "B"), (1e6, "M")):
         if value >= factor:
             return f"{value / factor:.2f} {name}"
     return f"{value:,.0f}"

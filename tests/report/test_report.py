@@ -413,10 +413,10 @@ def test_thinning_keeps_every_spike_and_every_value_that_is_not_finite() -> None
     assert kept[-1] == points[-1]
 
 
-def test_smoothing_starts_at_the_first_value_and_skips_what_is_not_finite() -> None:
-    course = smooth([(1, 4.0), (2, math.nan), (3, 2.0)], 0.5)
-    assert course[0] == (1, 4.0)
-    assert course[1][1] == pytest.approx(8 / 3)
+def test_smoothing_is_a_median_around_each_value_and_skips_what_is_not_finite() -> None:
+    values = [4.0, 1.0, math.nan, 3.0, 90.0, 2.0, 5.0]
+    course = smooth(list(enumerate(values)), 3)
+    assert course == [(0, 2.5), (1, 3.0), (3, 3.0), (4, 3.0), (5, 5.0), (6, 3.5)]
 
 
 def test_a_spike_does_not_flatten_the_curve_but_is_marked_with_its_value() -> None:
