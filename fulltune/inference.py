@@ -40,6 +40,7 @@ from fulltune.data.encoding import EncodedExample
 from fulltune.data.packing import group_by_length, pack
 from fulltune.data.tasks import ClassificationExample, Message, TaskKind
 from fulltune.errors import DataError, ModelError
+from fulltune.models.attention import IMPLEMENTATION
 from fulltune.models.families import family_of
 from fulltune.models.loading import (
     context_length,
@@ -137,7 +138,7 @@ def load_for_inference(
         path,
         head="classification" if kind == "classification" else "causal_lm",
         dtype=dtype,
-        attention="sdpa",
+        attention=IMPLEMENTATION,
     )
     model.to(device)
     model.eval()
@@ -160,15 +161,16 @@ def build_objective(
     """
     context = context_length(loaded.model.config)
     longest = min(max_length or loaded.info.get("max_length", context), context)
+    family = family_of(loaded.model.config)
     if loaded.kind != "classification":
-        return CausalLM(loaded.tokenizer, longest, too_long, packing=False)
+        return CausalLM(loaded.tokenizer, longest, too_long, packing=family.can_pack)
     return Classification(
         loaded.tokenizer,
         loaded.labels,
         longest,
-        pooling=family_of(loaded.model.config).pooling,
+        pooling=family.pooling,
         too_long=too_long,
-        packing=False,
+        packing=family.can_pack,
     )
 
 
