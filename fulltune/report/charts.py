@@ -22,8 +22,8 @@ MAX_POINTS = 600
 _ENOUGH_TO_CLIP = 50
 """Values of which two in a hundred are an exception; of fewer, all are drawn to scale."""
 
-_WIDTH, _HEIGHT = 520, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 22, 42
+_WIDTH, _HEIGHT = 520, 276
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 28, 42
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def heat_map(labels: Sequence[str], rows: Sequence[Sequence[float]], *, title: s
         return ""
     left, top, size = 130, 96, 460
     cell = max(16.0, min(58.0, (size - left) / len(labels)))
-    width, height = left + cell * len(labels) + 8, top + cell * len(labels) + 8
+    width, height = left + cell * len(labels) + 44, top + cell * len(labels) + 8
     parts = [
         f'<text class="axis" x="{left}" y="14">predicted →</text>',
         f'<text class="axis" x="{left - 8}" y="{top - 8}" text-anchor="end">true ↓</text>',

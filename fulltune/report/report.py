@@ -224,11 +224,11 @@ def _metric_charts(courses: Sequence[MetricCourse], marks: Sequence[Mark]) -> li
     groups: dict[str, list[MetricCourse]] = {}
     for course in courses:
         share = _is_share(course.metric)
-        groups.setdefault("accuracy and its kin" if share else course.metric, []).append(course)
+        groups.setdefault("accuracy and F1" if share else course.metric, []).append(course)
     charts = []
     for name, group in groups.items():
         metrics = {course.metric for course in group}
-        title = _words(next(iter(metrics)) if len(metrics) == 1 else name).capitalize()
+        title = _title(_words(next(iter(metrics)) if len(metrics) == 1 else name))
         factor = 100.0 if _is_share(group[0].metric) else 1.0
         series = [
             Series(
@@ -410,7 +410,7 @@ def describe_comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
             if (split, metric) in of_run
         ]
         unit = "%" if factor != 1 else "nats per target" if metric == "loss" else ""
-        charts.append(_figure(series, f"{split} {_words(metric)}".capitalize(), unit, ()))
+        charts.append(_figure(series, _title(f"{split} {_words(metric)}"), unit, ()))
     for key, title, unit, factor in _STEP_CHARTS:
         lines = []
         for index, run in enumerate(runs):
@@ -422,10 +422,11 @@ def describe_comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
         cells = []
         for of_run in courses:
             course = of_run.get((split, metric))
-            best = (
-                f"{_metric_value(metric, course.best[1])} @ {course.best[0]:,}" if course else "–"
-            )
-            cells.append(best)
+            if course is None:
+                cells.append("–")
+            else:
+                step, best = course.best
+                cells.append(f"{_metric_value(metric, best)} at step {step:,}")
         rows.append((f"best {split} {_words(metric)}", cells))
     rows += _run_rows(runs)
     flat = [{key: _setting(value) for key, value in flatten(run.config)} for run in runs]
@@ -515,13 +516,17 @@ def _inline(text: str) -> Markup:
 
 
 def _is_share(metric: str) -> bool:
-    return metric in ("accuracy", "matthews") or metric.endswith("_f1")
+    return metric == "accuracy" or metric.endswith("_f1")
 
 
 def _metric_value(metric: str, value: float) -> str:
-    if _is_share(metric) and metric != "matthews" and math.isfinite(value):
+    if _is_share(metric) and math.isfinite(value):
         return f"{value:.1%}"
     return format_number(value)
+
+
+def _title(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _words(key: str) -> str:
