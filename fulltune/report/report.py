@@ -558,9 +558,7 @@ def _count(value: float) -> str:
 
 
 def _percent(value: float) -> str:
-    return (
-        f"{value:.2%}" if abs(value) >= 0.001 else f"{value:.2g}" if value == 0 else f"{value:.3%}"
-    )
+    return f"{value:.1%}" if abs(value) >= 0.1 else f"{value:.3%}"
 
 
 def _large(value: float) -> str:

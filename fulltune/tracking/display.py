@@ -370,7 +370,16 @@ def _bar_line(description: str, done: int, total: int | None, counts: str) -> Ta
         cells.append(Text(description))
     table.add_column(ratio=1)
     table.add_column(no_wrap=True)
-    cells += [ProgressBar(total=total or None, completed=done, pulse=not total), Text(counts)]
+    cells += [
+        ProgressBar(
+            total=total or None,
+            completed=done,
+            pulse=not total,
+            complete_style="cyan",
+            finished_style="green",
+        ),
+        Text(counts),
+    ]
     table.add_row(*cells)
     return table
 
@@ -402,7 +411,7 @@ def _speak(name: str, text: str) -> str:
         "tok/s": f"{text} tok/s",
         "matmul": f"{text} of measured matrix rate",
         "mem": f"{text} memory",
-        "rounded": f"{text} of updates rounded away",
+        "rounded": f"{text} of updates below bf16",
     }.get(name, f"{name} {text}")
 
 
