@@ -8,6 +8,7 @@ below the quantization's own, and it is the precision training runs in anyway.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 from fulltune.errors import MissingExtraError, ModelError
@@ -55,6 +56,8 @@ def dequantize_gguf(gguf_file: Path, folder: Path) -> None:
                 delattr(model, name)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", weights)  # saved for the owner alone otherwise
 
 
 def _check_complete(gguf_file: Path) -> None:

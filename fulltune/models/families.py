@@ -35,10 +35,14 @@ class Family:
     positions counted from 0 per document are the model's own."""
     dropout_fields: tuple[str, ...]
     """Fields of the config that a dropout override sets, where the config has them."""
+    can_generate: bool
+    """Whether it is a causal language model."""
     classify: Callable[[Any, Tensor], Tensor]
     """Applies the classification head to one vector per document, [D, H] -> [D, C]."""
     predicts_next_token: bool = False
     """Whether chat and text can be trained on it."""
+    positions_after_padding: bool = False
+    """Whether positions start at the padding id + 1, which shortens the context by as much."""
     config_values: Mapping[str, object] = field(default_factory=dict)
     """Values of the config that make transformers' own forward pool as `pooling` says."""
 
@@ -88,6 +92,7 @@ GPT = Family(
         *("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout"),
         *("residual_dropout", "embedding_dropout", "dropout"),
     ),
+    can_generate=True,
     classify=_score,
     predicts_next_token=True,
 )
@@ -102,12 +107,13 @@ BERT = Family(
         *("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout"),
         *("embedding_dropout", "mlp_dropout"),
     ),
+    can_generate=False,
     classify=_pooler_then_linear,
 )
 BERT_PACKED = replace(BERT, can_pack=True)
 # RoBERTa counts positions from the padding id + 1 and only where the ids are not padding; it is
 # left to count them itself.
-ROBERTA = replace(BERT, classify=_head_module)
+ROBERTA = replace(BERT, classify=_head_module, positions_after_padding=True)
 DEBERTA = replace(BERT, classify=_deberta)
 
 XLNET = Family(
@@ -115,6 +121,7 @@ XLNET = Family(
     pooling="last",
     can_pack=False,
     dropout_fields=("dropout", "summary_last_dropout"),
+    can_generate=False,
     classify=_xlnet,
 )
 T5 = Family(
@@ -122,6 +129,7 @@ T5 = Family(
     pooling="last",
     can_pack=False,
     dropout_fields=("dropout_rate", "classifier_dropout"),
+    can_generate=False,
     classify=_t5,
 )
 
