@@ -67,13 +67,13 @@ class Units:
 
     def parse(self, value: object) -> Quantity:
         """Read `32768 tokens`; a singular unit is accepted, a missing or foreign one is not."""
-        if isinstance(value, Quantity):
-            text = str(value)
-        elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        if isinstance(value, Quantity) or (isinstance(value, str | int | float) and not isinstance(value, bool)):
             text = str(value)
         else:
             raise ValueError(f"must be a number with a unit, such as {self.example()}")
-        match = re.fullmatch(r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([^\s0-9]*)\s*", text)
+        match = re.fullmatch(
+            r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([^\s0-9]*)\s*", text
+        )
         if match is None:
             raise ValueError(f"must be a number with a unit, such as {self.example()}")
         number, unit = float(match[1].replace("_", "").replace(",", "")), match[2]
@@ -140,16 +140,16 @@ def load_config(settings: type[S], path: Path | None, overrides: Sequence[str] =
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise ConfigError(
-                f"`{override}` is not a setting", hint=f"write `{override}=VALUE`"
-            )
+            raise ConfigError(f"`{override}` is not a setting", hint=f"write `{override}=VALUE`")
         section = values
         *parents, leaf = key.strip().split(".")
         for depth, parent in enumerate(parents):
             inner = section.setdefault(parent, {})
             if not isinstance(inner, dict):
                 name = ".".join(parents[: depth + 1])
-                raise ConfigError(f"`{name}` is {inner!r}, not a section", hint=f"set `{name}` itself")
+                raise ConfigError(
+                    f"`{name}` is {inner!r}, not a section", hint=f"set `{name}` itself"
+                )
             section = inner
         try:
             section[leaf] = yaml.safe_load(text)
@@ -174,14 +174,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except IsADirectoryError:
         raise ConfigError(f"`{path}` is a folder, not a settings file") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"`{path}` is not UTF-8: {error.reason}", hint="save it as UTF-8") from None
+        raise ConfigError(
+            f"`{path}` is not UTF-8: {error.reason}", hint="save it as UTF-8"
+        ) from None
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or "not YAML"
-        raise ConfigError(f"{where}: {problem}", hint="a settings file is `key: value` lines") from None
+        raise ConfigError(
+            f"{where}: {problem}", hint="a settings file is `key: value` lines"
+        ) from None
     if values is None:
         return {}
     if not isinstance(values, dict):

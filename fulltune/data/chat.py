@@ -147,7 +147,8 @@ def _render(
 ) -> str:
     if not tokenizer.chat_template:
         raise ModelError(
-            "the model has no chat template", hint="set `task.template: chatml`, or give a Jinja file"
+            "the model has no chat template",
+            hint="set `task.template: chatml`, or give a Jinja file",
         )
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:

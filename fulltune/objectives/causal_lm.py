@@ -26,10 +26,10 @@ from fulltune.objectives.base import (
     padded_tokens,
     tokenizer_fingerprint,
 )
-from fulltune.objectives.linear_cross_entropy import linear_cross_entropy
+from fulltune.objectives.linear_cross_entropy import LossSums, linear_cross_entropy
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_INPUTS = (
     "input_ids", "attention_mask", "position_ids",
@@ -87,7 +87,10 @@ class CausalLM:
     def fingerprint(self) -> str:
         """Changes whenever `encode` would give other tokens."""
         return tokenizer_fingerprint(
-            self.tokenizer, objective="causal_lm", max_length=self.max_length, too_long=self.too_long
+            self.tokenizer,
+            objective="causal_lm",
+            max_length=self.max_length,
+            too_long=self.too_long,
         )
 
     def encode(self, example: Example) -> list[EncodedExample]:
@@ -143,7 +146,10 @@ class CausalLM:
         windows: list[EncodedExample] = []
         for start in range(0, max(len(input_ids) - 1, 1), self.max_length - 1):
             window = input_ids[start : start + self.max_length]
-            first, last = offsets[min(start + 1, len(offsets) - 1)], offsets[start + len(window) - 1]
+            first, last = (
+                offsets[min(start + 1, len(offsets) - 1)],
+                offsets[start + len(window) - 1],
+            )
             windows.append(
                 EncodedExample(
                     input_ids=window,
@@ -211,11 +217,10 @@ class CausalLM:
             num_correct=int(sums.num_correct),
         )
 
-    def _losses(self, model: PreTrainedModel, batch: Batch):  # type: ignore[no-untyped-def]
+    def _losses(self, model: PreTrainedModel, batch: Batch) -> LossSums:
         output = model.base_model(**model_inputs(batch, MODEL_INPUTS), use_cache=False)
         hidden_NH = output.last_hidden_state.flatten(0, 1)[batch["prediction_positions"]]
         head = model.get_output_embeddings()
-        text_config = model.config.get_text_config()
         return linear_cross_entropy(
             hidden_NH,
             head.weight,
@@ -223,7 +228,21 @@ class CausalLM:
             bias_V=getattr(head, "bias", None),
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
+            **logit_settings(model.config),
         )
+
+
+def logit_settings(config: PretrainedConfig) -> dict[str, float]:
+    """What some models do to their logits: Cohere and Granite scale them, Gemma caps them."""
+    text = config.get_text_config()
+    settings: dict[str, float] = {}
+    if (scale := getattr(text, "logit_scale", None)) is not None:
+        settings["logit_scale"] = float(scale)
+    if (scaling := getattr(text, "logits_scaling", None)) is not None:
+        settings["logit_scale"] = 1.0 / float(scaling)
+    if (cap := getattr(text, "final_logit_softcapping", None)) is not None:
+        settings["softcap"] = float(cap)
+    return settings
 
 
 def too_long_error(where: str, length: int, max_length: int) -> DataError:

@@ -63,7 +63,9 @@ def run(
         if data is None:
             config = _config_of_run(Path(model))
             prepared = prepare(
-                build_objective(loaded, too_long=config.task.too_long), config.task, seed=config.seed
+                build_objective(loaded, too_long=config.task.too_long),
+                config.task,
+                seed=config.seed,
             )
             dataset, indices = prepared.dataset, prepared.validation
             named = f"validation split of {config.run_dir}"
@@ -84,11 +86,13 @@ def _config_of_run(path: Path) -> Config:
             config = build_config(Config, read_yaml(folder / CONFIG))
             if config.task.validation is None:
                 raise ConfigError(
-                    f"the run in `{folder}` held nothing out", hint="name the data with `--data FILE`"
+                    f"the run in `{folder}` held nothing out",
+                    hint="name the data with `--data FILE`",
                 )
             return config
     raise ConfigError(
-        f"`{path}` is not a run, so there is no validation split", hint="name the data with `--data FILE`"
+        f"`{path}` is not a run, so there is no validation split",
+        hint="name the data with `--data FILE`",
     )
 
 

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from pydantic import Field
 
 from fulltune.config import BatchSize, Duration, Period, Quantity, Settings
-from fulltune.data.loader import Loader, Place, StepPlan, num_steps, prefetch
+from fulltune.data.loader import Loader, StepPlan, num_steps, prefetch
 from fulltune.data.preview import require_sound, to_json
-from fulltune.data.tasks import TASKS, ChatExample, TaskConfig, TextExample
 from fulltune.data.records import read_records
+from fulltune.data.tasks import ChatExample, TaskConfig, TextExample
 from fulltune.errors import CheckpointError, ConfigError, RunFolderError
 from fulltune.evaluate.evaluator import (
     BestTracker,
@@ -42,7 +42,14 @@ from fulltune.models.scope import Scope, freeze
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.optim.master_weights import MasterWeights
 from fulltune.optim.optimizers import Optimizer, OptimizerConfig, group_parameters
-from fulltune.recipes.prepare import Base, Prepared, find_examples, make_objective, open_base, prepare
+from fulltune.recipes.prepare import (
+    Base,
+    Prepared,
+    find_examples,
+    make_objective,
+    open_base,
+    prepare,
+)
 from fulltune.report.report import render_model_card, write_report
 from fulltune.runtime import (
     Precision,
@@ -374,7 +381,9 @@ class Trainer:
                 interrupted=lambda: agreed(interruption, self.runtime),
             )
             if ending == "interrupted":
-                self.tracker.write("interrupted", step=self.progress.step, signal=interruption.signal_name)
+                self.tracker.write(
+                    "interrupted", step=self.progress.step, signal=interruption.signal_name
+                )
                 self.display.notice(
                     f"{interruption.signal_name}: saved after step {self.progress.step}; "
                     "go on with `--resume`"
@@ -464,7 +473,8 @@ class Trainer:
             "matmul_share": share,
             "memory_bytes": peak_memory_bytes(self.runtime.device),
             "updates_rounded_away": result.updates_rounded_away,
-            "epoch": plan.epoch + (plan.step_in_epoch + 1) / self.loader.steps_per_epoch(plan.epoch),
+            "epoch": plan.epoch
+            + (plan.step_in_epoch + 1) / self.loader.steps_per_epoch(plan.epoch),
             "seconds": seconds,
         }
         self.tracker.write("step", step=step + 1, **values)
@@ -493,7 +503,9 @@ class Trainer:
     def _explain_nonfinite(self, error: NonFiniteError, micro_batches: list[MicroBatch]) -> None:
         chosen = error.micro_batches or range(len(micro_batches))
         examples = [example for index in chosen for example in micro_batches[index].examples]
-        rows = nonfinite_rows(self.model, self.objective, examples, self.masters, self.runtime.device)
+        rows = nonfinite_rows(
+            self.model, self.objective, examples, self.masters, self.runtime.device
+        )
         self.tracker.write("nonfinite", step=error.step, message=str(error), rows=rows)
         named = f"rows: {', '.join(rows[:10])}" if rows else "no single row is at fault"
         error.hint = (
@@ -535,7 +547,9 @@ class Trainer:
         if self.best.update(step, metrics) and step > 0 and self.runtime.is_main:
             self._save_best(step)
         if self.best.should_stop:
-            self.tracker.write("early_stop", step=step, metric=self.best.metric, best_step=self.best.best_step)
+            self.tracker.write(
+                "early_stop", step=step, metric=self.best.metric, best_step=self.best.best_step
+            )
             self.display.notice(
                 f"stopped early: no better `{self.best.metric}` than at step {self.best.best_step} "
                 f"for {self.best.num_since_best} evaluations"
@@ -547,7 +561,10 @@ class Trainer:
         count = self.config.evaluate.num_samples
         if self.config.task.kind != "chat" or not count or not len(self.prepared.validation):
             return
-        wheres = [self.prepared.dataset.where(int(index)) for index in self.prepared.validation[: 4 * count]]
+        wheres = [
+            self.prepared.dataset.where(int(index))
+            for index in self.prepared.validation[: 4 * count]
+        ]
         examples = find_examples(self.config.task, wheres)
         conversations = [examples[where] for where in wheres if where in examples]
         samples: list[Sample] = sample_answers(
@@ -561,7 +578,12 @@ class Trainer:
         with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             for sample in samples:
                 prompt = [{"role": turn.role, "content": turn.content} for turn in sample.prompt]
-                line = {"step": step, "prompt": prompt, "answer": sample.answer, "reference": sample.reference}
+                line = {
+                    "step": step,
+                    "prompt": prompt,
+                    "answer": sample.answer,
+                    "reference": sample.reference,
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 self.tracker.write("sample", **line)
 
@@ -587,14 +609,19 @@ class Trainer:
             folder,
             f"step-{step:08d}",
             step=step,
-            tensors={"weights": dict(self.masters.items()), "optimizer": dict(self.optimizer.state())},
+            tensors={
+                "weights": dict(self.masters.items()),
+                "optimizer": dict(self.optimizer.state()),
+            },
             state=state,
         )
         prune_checkpoints(folder, keep=self.config.keep_checkpoints)
         for older in folder.glob("best-*"):
             if self.best.best_step is not None and _number(older) < self.best.best_step:
                 shutil.rmtree(older)
-        self.tracker.write("checkpoint", step=step, path=str(path), seconds=time.perf_counter() - start)
+        self.tracker.write(
+            "checkpoint", step=step, path=str(path), seconds=time.perf_counter() - start
+        )
         self.display.notice(f"saved checkpoint {path.name}")
 
     def _save_best(self, step: int) -> None:
@@ -655,7 +682,9 @@ class Trainer:
         change = self._weight_change()
         self._say_what_moved(change)
         manifest = self._manifest(ending, change)
-        (self.folder / MODEL / "README.md").write_text(render_model_card(manifest), encoding="utf-8")
+        (self.folder / MODEL / "README.md").write_text(
+            render_model_card(manifest), encoding="utf-8"
+        )
         write_atomically(
             self.folder / "data.json", to_json(self.prepared.facts, self.prepared.findings)
         )
@@ -670,7 +699,9 @@ class Trainer:
                 self.folder / "predictions" / "evaluation.json",
                 json.dumps(evaluation, ensure_ascii=False),
             )
-        self.tracker.write("end", step=step, ending=ending, seconds=self._seconds(), **self.last_metrics)
+        self.tracker.write(
+            "end", step=step, ending=ending, seconds=self._seconds(), **self.last_metrics
+        )
         write_manifest(self.folder, manifest)
         write_report([self.folder], self.folder / "report.html")
 
@@ -712,7 +743,9 @@ class Trainer:
         layers = layer_of_parameters(self.model)
         for name, master in self.masters.items():
             layer = layers[name]
-            group = groups.setdefault(layer if isinstance(layer, str) else f"layer {layer}", [0.0] * 4)
+            group = groups.setdefault(
+                layer if isinstance(layer, str) else f"layer {layer}", [0.0] * 4
+            )
             before = base[name].detach()
             moved = master.detach() - before
             group[0] += float(moved.double().square().sum())
@@ -741,7 +774,6 @@ class Trainer:
             self.tracker.write("weight_change", step=self.progress.step, **group)
 
     def _manifest(self, ending: Ending, change: list[dict[str, Any]]) -> dict[str, Any]:
-        from fulltune.data.records import source_fingerprint
 
         return {
             "finished": True,

@@ -18,7 +18,7 @@ from fulltune.data.preview import Finding, PreviewFacts, check, examine
 from fulltune.data.records import read_records, source_fingerprint
 from fulltune.data.splits import Source, parse_validation, split_dataset
 from fulltune.data.tasks import Example, TaskConfig
-from fulltune.errors import ConfigError
+from fulltune.errors import ConfigError, ModelError
 from fulltune.models.families import family_of
 from fulltune.models.loading import context_length, load_tokenizer, resolve_model, set_chat_template
 from fulltune.objectives.causal_lm import CausalLM
@@ -103,7 +103,12 @@ def make_objective(
             packing=family.can_pack,
             label_smoothing=label_smoothing,
         )
-    family.require_causal(base.config)
+    if not family.predicts_next_token:
+        raise ModelError(
+            f"a model of type `{base.config.model_type}` does not predict the next token, so it "
+            f"cannot do `task.kind: {task.kind}`",
+            hint="use a decoder (GPT-2, Llama and their kin), or `task.kind: classification`",
+        )
     return CausalLM(
         base.tokenizer,
         max_length,

@@ -13,9 +13,19 @@ from fulltune.data.preview_view import SampleView, render_html, render_terminal,
 from fulltune.errors import ConfigError
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.recipes.finetune import Config
-from fulltune.recipes.prepare import UNLIMITED, Prepared, find_examples, make_objective, open_base, prepare
+from fulltune.recipes.prepare import (
+    UNLIMITED,
+    Prepared,
+    find_examples,
+    make_objective,
+    open_base,
+    prepare,
+)
 from fulltune.tracking import make_display
 from fulltune.train.run_folder import write_atomically
+
+MAX_SHOWN_REMOVED = 2000
+"""Removed tokens of an example that are still shown."""
 
 
 def run(
@@ -78,20 +88,21 @@ def make_samples(prepared: Prepared, config: Config, num_samples: int) -> list[S
     whole = objective
     if config.task.kind != "text":  # a text is cut into windows, and nothing of it is removed
         whole = replace(objective, max_length=UNLIMITED)
+
+    def decode(ids: list[int]) -> str:
+        return str(objective.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
     views = []
     for where in dict.fromkeys(wheres):
         if where not in examples:
             continue
         encoded = whole.encode(examples[where])[0]
-        decode = lambda ids: objective.tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # noqa: E731
-        targets = encoded["targets"] if isinstance(objective, CausalLM) else [0] * len(encoded["targets"])
+        targets = encoded["targets"] if isinstance(objective, CausalLM) else None
         kept = min(len(encoded["input_ids"]), objective.max_length)
-        views.append(
-            SampleView(
-                where, encoded["label"] or None,
-                view_tokens(decode, encoded["input_ids"], targets, kept),
-            )
-        )  # fmt: skip
+        shown = slice(0, kept + MAX_SHOWN_REMOVED)
+        input_ids = encoded["input_ids"][shown]
+        tokens = view_tokens(
+            decode, input_ids, targets[shown] if targets else [0] * len(input_ids), kept
+        )
+        views.append(SampleView(where, encoded["label"] or None, tokens))
     return views
-
-

@@ -23,7 +23,9 @@ from fulltune.train.checkpoint import (
 
 def save(folder: Path, step: int, *, size: int = 64) -> Path:
     tensors = {"weights": {"w": torch.full((size,), float(step))}}
-    return save_checkpoint(folder, f"step-{step:08d}", step=step, tensors=tensors, state={"n": step})
+    return save_checkpoint(
+        folder, f"step-{step:08d}", step=step, tensors=tensors, state={"n": step}
+    )
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
@@ -38,7 +40,9 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing", "no manifest", "torn manifest"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, damage: str
+) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2)
     weights, manifest = path / "weights.safetensors", path / "manifest.json"
@@ -103,7 +107,9 @@ def no_room() -> Generator[None]:
 
 def test_a_disk_without_room_loses_no_earlier_checkpoint(tmp_path: Path, no_room: None) -> None:
     save(tmp_path, 1)
-    with pytest.raises(CheckpointError, match="checkpoint of step 2 could not be written") as caught:
+    with pytest.raises(
+        CheckpointError, match="checkpoint of step 2 could not be written"
+    ) as caught:
         save(tmp_path, 2, size=100_000)
     assert "earlier checkpoints are intact" in str(caught.value.hint)
     checkpoint, problems = last_checkpoint(tmp_path)
