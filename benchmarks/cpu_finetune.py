@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_finetune.py
     python benchmarks/cpu_finetune.py --kind text --data asset:shakespeare --json text.json
-    python benchmarks/cpu_finetune.py --peers fulltune hf-bf16 --steps 12 --seeds 0 --data rows.jsonl
+    python benchmarks/cpu_finetune.py --peers fulltune hf-bf16 --steps 12 --seeds 0
 
 Every run is a process of its own. Peers run in turn, round after round, so that a busy machine
 slows all of them alike; ratios are taken inside a round and the median over rounds is shown. All
@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import random
 import shutil
 import statistics
 import subprocess
@@ -42,6 +41,7 @@ PEERS = (
     "hand",
 )
 BASELINE = "hf-bf16"
+DATA = {"chat": "asset:alpaca-en", "text": "asset:shakespeare"}
 GIB = 1024**3
 
 
@@ -62,7 +62,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-length", type=int, default=1024, help="longer rows are left out for every peer")
     add("--lr", type=float, default=2e-5)
     add("--betas", nargs=2, type=float, default=[0.9, 0.999])
-    add("--weight-decay", type=float, default=0.01)
+    add("--weight-decay", type=float, default=0.0, help="as in Trainer and SFTTrainer by default")
     add("--warmup", type=int, default=4, help="steps")
     add("--clip-norm", type=float, default=1.0)
     add("--threads", type=int, help="threads of every peer (default: torch's choice)")
@@ -71,7 +71,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.peers = options.peers or [peer for peer in PEERS if peer != "hf-bf16-weights"]
     options.rounds = options.rounds or len(options.seeds)
-    options.data = options.data or {"chat": "asset:alpaca-en", "text": "asset:shakespeare"}[options.kind]
+    options.data = options.data or DATA[options.kind]
     if options.skip >= options.steps:
         parser.error(f"--skip {options.skip} leaves nothing of --steps {options.steps}")
     return options
@@ -94,39 +94,38 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All rounds; the return value is what ``--json`` writes."""
-    model, data = resolve(options.model, folder), resolve(options.data, folder)
     say(f"rows of {options.data}")
     job = {
-        "model": model,
-        "data": data,
+        "model": options.model,
+        "data": options.data,
         "kind": options.kind,
         "folder": str(folder),
         "num_held_out": options.held_out,
         "max_length": options.max_length,
-        "num_rows": options.steps * options.batch,
+        "steps": options.steps,
+        "batch": options.batch,
+        "seeds": options.seeds,
     }
-    run_child("rows", job, folder, options)
+    run_script("rows", job, folder, options)
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    imports = {
-        peer: run_child("peers", {"peer": peer, "imports_only": True}, folder, options)["peak_bytes"]
-        for peer in options.peers
-    }
+    model = facts.pop("model_folder")
+    steps_of_seed = {int(seed): steps for seed, steps in facts.pop("steps_of_seed").items()}
+    imports = {}
+    for peer in options.peers:
+        child = run_script("peers", {"peer": peer, "imports_only": True}, folder, options)
+        imports[peer] = child["peak_bytes"]
     start_loss = judge(model, folder, options)["loss"]
     runs: list[dict[str, Any]] = []
     rates = []
     for round_index in range(options.rounds):
-        rates.append(
-            run_child("measure", {"what": "rate"}, folder, options)["bf16_flops"]
-        )
+        rates.append(run_script("measure", {"what": "rate"}, folder, options)["bf16_flops"])
         seed = options.seeds[round_index % len(options.seeds)]
-        order = list(range(facts["num_train_rows"]))
-        random.Random(seed).shuffle(order)
-        order = order[: options.steps * options.batch]
         # Each round starts with another peer, so that none is always first after the pause.
         turn = round_index % len(options.peers)
         for peer in options.peers[turn:] + options.peers[:turn]:
             say(f"round {round_index + 1}/{options.rounds}, seed {seed}: {peer}")
-            run = run_peer(peer, model, order, seed, folder, options)
+            run = run_peer(peer, model, steps_of_seed[seed], seed, folder, options)
+            check_counts(run, facts)
             run |= {"round": round_index, "imports_bytes": imports[peer]}
             runs.append(run)
             say(
@@ -146,7 +145,7 @@ def run_benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "versions": versions(),
         "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "settings": {key: value for key, value in vars(options).items() if key not in ("json", "keep")},
+        "settings": {k: v for k, v in vars(options).items() if k not in ("json", "keep")},
         "data": facts,
         "bf16_flops": rate,
         "bf16_flops_of_each_round": rates,
@@ -157,36 +156,101 @@ def run_benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def run_peer(
-    peer: str, model: str, order: list[int], seed: int, folder: Path, options: argparse.Namespace
+    peer: str,
+    model: str,
+    rows_of_steps: list[list[int]],
+    seed: int,
+    folder: Path,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Train once in a process of its own; the saved model is judged in another and deleted."""
-    model_out = folder / "model"
-    shutil.rmtree(model_out, ignore_errors=True)
-    job = {
-        "peer": peer,
-        "model": model,
-        "rows": str(folder / "train.jsonl"),
-        "order": order,
-        "model_out": str(model_out),
-        "seed": seed,
-        **{
-            key: getattr(options, key)
-            for key in ("steps", "batch", "lr", "betas", "weight_decay", "warmup", "clip_norm")
-        },
-    }
-    child = run_child("peers", job, folder, options)
+    if peer == "fulltune":
+        child, model_out = run_fulltune(model, seed, folder, options)
+    else:
+        model_out = folder / "model"
+        job = {
+            "peer": peer,
+            "model": model,
+            "rows": str(folder / "train.jsonl"),
+            "rows_of_steps": rows_of_steps,
+            "model_out": str(model_out),
+            "seed": seed,
+            **{
+                key: getattr(options, key)
+                for key in ("steps", "batch", "lr", "betas", "weight_decay", "warmup", "clip_norm")
+            },
+        }
+        child = run_script("peers", job, folder, options)
     run = {
         "peer": peer,
         "seed": seed,
         "held_out_loss": judge(str(model_out), folder, options)["loss"],
         "peak_bytes": child["peak_bytes"],
         "wall_seconds": child["wall_seconds"],
-        "peak_bytes_before_saving": child["peak_bytes_before_saving"],
         **rates_of(child["steps"], options.skip),
         "steps": child["steps"],
     }
     shutil.rmtree(model_out)
     return run
+
+
+def run_fulltune(
+    model: str, seed: int, folder: Path, options: argparse.Namespace
+) -> tuple[dict[str, Any], Path]:
+    """Train by the public command, with its defaults for all that the peers do not share."""
+    run_dir = folder / "run"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    config = {
+        "model": model,
+        "task": {
+            "kind": options.kind,
+            "train": str(folder / "records.jsonl"),
+            "validation": None,
+        },
+        "duration": f"{options.steps} steps",
+        "batch": f"{options.batch} examples",
+        "optimizer": {
+            "lr": options.lr,
+            "betas": options.betas,
+            "weight_decay": options.weight_decay,
+            "schedule": "constant",
+            "warmup": f"{options.warmup} steps",
+            "clip_norm": options.clip_norm,
+        },
+        "run_dir": str(run_dir),
+        "seed": seed,
+    }
+    config_file = folder / "fulltune.yaml"
+    config_file.write_text(json.dumps(config, indent=1), encoding="utf-8")  # JSON is YAML
+    command = [sys.executable, "-m", "fulltune", "finetune", str(config_file)]
+    # Its own cache, so that the first round tokenizes the rows as a first run does.
+    cache = {"FULLTUNE_CACHE": str(folder / "cache")}
+    child = run_child(command, folder / "fulltune.log", folder, options, cache)
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    events = [json.loads(line) for line in lines]
+    # From one step's end to the next, as the clock of the other peers runs: data and log included.
+    last = next(event["time"] for event in events if event["event"] == "start")
+    steps = []
+    for event in events:
+        if event["event"] == "step":
+            steps.append(
+                {
+                    "seconds": event["time"] - last,
+                    "tokens": event["num_tokens"],
+                    "targets": event["num_targets"],
+                    "loss": event["loss"],
+                }
+            )
+            last = event["time"]
+    return child | {"steps": steps}, run_dir / "model"
+
+
+def check_counts(run: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Stop where a peer saw other tokens or targets than were prepared: nothing would compare."""
+    for key in ("num_tokens", "num_targets"):
+        if run[key] != facts[key]:
+            given = f"{facts[key]} {key.removeprefix('num_')}"
+            sys.exit(f"{run['peer']} trained on {run[key]} where the rows hold {given}")
 
 
 def rates_of(steps: list[dict[str, float]], skip: int) -> dict[str, float]:
@@ -206,32 +270,46 @@ def rates_of(steps: list[dict[str, float]], skip: int) -> dict[str, float]:
 def judge(model: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Held-out loss of a model folder, by the same few lines for every peer."""
     job = {"what": "loss", "model": model, "rows": str(folder / "held_out.jsonl")}
-    return run_child("measure", job, folder, options)
+    return run_script("measure", job, folder, options)
+
+
+def run_script(
+    script: str, job: dict[str, Any], folder: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Run one of the scripts beside this file on a job and read its result."""
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    job_file = folder / "job.json"
+    job_file.write_text(json.dumps({**job, "result": str(result)}), encoding="utf-8")
+    command = [sys.executable, str(HERE / f"{script}.py"), str(job_file)]
+    measured = run_child(command, folder / f"{script}.log", folder, options)
+    if result.exists():
+        measured |= json.loads(result.read_text(encoding="utf-8"))
+    return measured
 
 
 def run_child(
-    script: str, job: dict[str, Any], folder: Path, options: argparse.Namespace
+    command: list[str],
+    log: Path,
+    folder: Path,
+    options: argparse.Namespace,
+    variables: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Run one of the scripts beside this file and read its result, its time and its peak memory.
+    """Run a process to its end; its seconds and its peak memory as the kernel counted it.
 
     This process stays small and imports no torch: what the kernel counts as a child's peak starts
     at the size of the process that started it.
     """
-    job = {**job, "result": str(folder / "result.json")}
-    job_file = folder / "job.json"
-    job_file.write_text(json.dumps(job), encoding="utf-8")
-    Path(job["result"]).unlink(missing_ok=True)
-    command = [sys.executable, str(HERE / f"{script}.py"), str(job_file)]
     environment = {
         **os.environ,
         "PYTHONPATH": str(HERE.parent),
+        "HF_DATASETS_CACHE": str(folder / "cache"),
         "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(folder / "datasets"),
         "TOKENIZERS_PARALLELISM": "false",
+        **(variables or {}),
     }
     if options.threads:
         environment |= {"OMP_NUM_THREADS": str(options.threads)}
-    log = folder / f"{script}.log"
     start = time.perf_counter()
     with log.open("wb") as file:
         child = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
@@ -240,9 +318,7 @@ def run_child(
     if child.returncode:
         tail = log.read_text(encoding="utf-8", errors="replace")[-3000:]
         sys.exit(f"{tail}\n`{' '.join(command)}` ended with {child.returncode}")
-    result = Path(job["result"])
-    measured: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
-    return measured | {
+    return {
         "peak_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "wall_seconds": time.perf_counter() - start,
     }
@@ -302,7 +378,7 @@ def print_result(result: dict[str, Any]) -> None:
             str(row["num_tokens"]),
             str(row["num_targets"]),
         )
-    console = Console(width=max(150, Console().width) if not sys.stdout.isatty() else None)
+    console = Console(width=None if sys.stdout.isatty() else 172)
     console.print(table)
     console.print(
         f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_average']:.1f}; "
@@ -312,11 +388,6 @@ def print_result(result: dict[str, Any]) -> None:
         f"{result['held_out_loss_before']:.4f}; speed and memory against {BASELINE}",
         highlight=False,
     )
-
-
-def resolve(name: str, folder: Path) -> str:
-    """A path, or the local copy of `asset:NAME`."""
-    return str(Path(name).resolve())
 
 
 def describe_machine() -> dict[str, Any]:
@@ -358,7 +429,8 @@ def commit() -> str:
         command = ["git", "-C", str(HERE), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
 
 
 def say(message: str) -> None:

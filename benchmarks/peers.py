@@ -4,12 +4,12 @@ Run by `cpu_finetune.py`: `python peers.py JOB.json`. Every peer gets the same e
 same order and reports seconds, real tokens, targets and loss of each optimizer step. `fulltune`
 itself is not here: it is run as its users run it, by its command line.
 
-    hf-bf16            Trainer, bf16 autocast over float32 weights, rows padded to the longest of 8
+    hf-bf16            Trainer, bf16 autocast over float32 weights, rows padded to the longest
     hf-fp32            the same without autocast
     hf-bf16-weights    Trainer on bf16 weights without a float32 copy: fast, but rounds updates away
     trl                SFTTrainer, bf16 autocast, packing off, rows padded
-    trl-padding-free   SFTTrainer, packing off, the 8 rows laid end to end
-    trl-packed         SFTTrainer, packing on (best fit), one pack as long as 8 mean rows per step
+    trl-padding-free   SFTTrainer, packing off, the rows of a step laid end to end
+    trl-packed         SFTTrainer, packing on (best fit), one pack as long as a mean batch per step
     hand               a plain packed loop: bf16 weights, float32 master copy, loss at targets only
 """
 
@@ -33,8 +33,7 @@ def main(job: dict[str, Any]) -> None:
         import_peer(peer)
         return
     lines = Path(job["rows"]).read_text(encoding="utf-8").splitlines()
-    parsed = [json.loads(lines[index]) for index in job["order"]]
-    rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in parsed]
+    rows = [json.loads(lines[index]) for step in job["rows_of_steps"] for index in step]
     train = {"hand": train_hand}.get(peer, train_trl if peer.startswith("trl") else train_hf)
     steps = train(rows, job)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -48,7 +47,7 @@ def import_peer(peer: str) -> None:
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     if peer == "fulltune":
-        import fulltune.cli  # noqa: F401
+        import fulltune.recipes.finetune  # noqa: F401
     elif peer.startswith("hf"):
         import datasets  # noqa: F401
         from transformers import Trainer  # noqa: F401
@@ -75,8 +74,7 @@ def trainer_arguments(job: dict[str, Any], num_steps: int, batch: int) -> dict[s
         "adam_beta2": job["betas"][1],
         "weight_decay": job["weight_decay"],
         "max_grad_norm": job["clip_norm"],
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": job["warmup"],
+        "lr_scheduler_type": "constant",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_strategy": "no",
@@ -121,18 +119,21 @@ def train_trl(rows: list[Row], job: dict[str, Any]) -> list[dict[str, float]]:
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer, pack_dataset
 
+    dataset = Dataset.from_list(rows)
     arguments = trainer_arguments(job, job["steps"], job["batch"])
     arguments |= {"max_length": None, "model_init_kwargs": {"dtype": torch.float32}}
     if job["peer"] == "trl-padding-free":
         arguments["padding_free"] = True
     if job["peer"] == "trl-packed":
-        # One pack a step, with the tokens of `batch` mean rows, so that a step learns from as much
-        # as everyone else's; never shorter than the longest row, which packing would truncate.
+        # One pack a step, long enough that there are no more steps than everyone else takes, and
+        # never shorter than the longest row, which packing would truncate.
         num_tokens = sum(len(row["input_ids"]) for row in rows)
         longest = max(len(row["input_ids"]) for row in rows)
         pack_length = max(longest, math.ceil(num_tokens / job["steps"]))
+        while len(pack_dataset(dataset, pack_length, "bfd")) > job["steps"]:
+            pack_length = math.ceil(1.01 * pack_length)
         arguments |= {
             "packing": True,
             "packing_strategy": "bfd",
@@ -145,7 +146,7 @@ def train_trl(rows: list[Row], job: dict[str, Any]) -> list[dict[str, float]]:
     trainer = SFTTrainer(
         model=job["model"],
         args=SFTConfig(**arguments),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=dataset,
         processing_class=AutoTokenizer.from_pretrained(job["model"]),
     )
     return run_trainer(trainer, job)
@@ -153,6 +154,7 @@ def train_trl(rows: list[Row], job: dict[str, Any]) -> list[dict[str, float]]:
 
 def run_trainer(trainer: Any, job: dict[str, Any]) -> list[dict[str, float]]:
     """Train, timing whole steps (data, forward, backward, update) and counting what was in them."""
+    from torch.optim.lr_scheduler import LambdaLR
     from transformers import TrainerCallback
 
     counts: list[tuple[int, int]] = []
@@ -175,6 +177,11 @@ def run_trainer(trainer: Any, job: dict[str, Any]) -> list[dict[str, float]]:
             seconds.append(now - self.last)
             self.last = now
 
+    # Trainer's own warmup wastes the first step on a rate of zero; this one is everybody's.
+    trainer.create_optimizer()
+    trainer.lr_scheduler = LambdaLR(
+        trainer.optimizer, lambda step: warmup_factor(step, job["warmup"])
+    )
     trainer.data_collator = counted
     trainer.add_callback(Clock())
     trainer.train()
@@ -187,6 +194,11 @@ def run_trainer(trainer: Any, job: dict[str, Any]) -> list[dict[str, float]]:
             seconds, counts[: len(seconds)], losses, strict=True
         )
     ]
+
+
+def warmup_factor(step: int, warmup: int) -> float:
+    """The factor on the learning rate of the update that follows ``step`` finished ones."""
+    return min(1.0, (step + 1) / max(1, warmup))
 
 
 def train_hand(rows: list[Row], job: dict[str, Any]) -> list[dict[str, float]]:
@@ -234,7 +246,7 @@ def train_hand(rows: list[Row], job: dict[str, Any]) -> list[dict[str, float]]:
             loss_sum += loss.item()
         hidden_TD[where_N].backward(picked_ND.grad)
         for group in optimizer.param_groups:
-            group["lr"] = job["lr"] * (min(1.0, step / job["warmup"]) if job["warmup"] else 1.0)
+            group["lr"] = job["lr"] * warmup_factor(step, job["warmup"])
         for weight, master in zip(weights, masters, strict=True):
             master.grad, weight.grad = weight.grad.float(), None
         torch.nn.utils.clip_grad_norm_(masters, job["clip_norm"])

@@ -2,8 +2,10 @@
 
 Run by `cpu_finetune.py` in a process of its own: `python rows.py JOB.json`. It writes
 
-    train.jsonl, held_out.jsonl     {"input_ids": [...], "labels": [...], "record": {...}} a line
-    facts.json                      counts, and the parameters that do matrix products
+    train.jsonl, held_out.jsonl     {"input_ids": [...], "labels": [...]} a line
+    records.jsonl                   the records of train.jsonl, for the peer that encodes by itself
+    facts.json                      paths, counts, the rows of each step for each seed, and the
+                                    parameters that do matrix products
 
 A label is the token itself where it is trained, else -100, unshifted as transformers wants it. In
 chat rows the assistant's words and the end of its turn are trained; in text rows every token is.
@@ -11,6 +13,7 @@ chat rows the assistant's words and the end of its turn are trained; in text row
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import sys
@@ -27,35 +30,81 @@ def main(job: dict[str, Any]) -> None:
     """Encode the data of ``job`` and count what is in it."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    out = Path(job["folder"])
+    model, data = resolve(job["model"]), resolve(job["data"])
+    tokenizer = AutoTokenizer.from_pretrained(model)
     if job["kind"] == "chat":
-        records, encode = chat_records(Path(job["data"])), encode_chat
+        records, encode = chat_records(data), encode_chat
     else:
-        records, encode = text_records(Path(job["data"])), encode_text
+        records, encode = text_records(data), encode_text
     rows, num_too_long = encode_all(records, tokenizer, encode, job["max_length"])
-    # The split is fixed: seeds change the order of training, never what is held out.
+    # The rows are always the same ones: a seed changes the order of training, nothing else.
     random.Random(0).shuffle(rows)
-    held_out, train = rows[: job["num_held_out"]], rows[job["num_held_out"] :]
-    if len(train) < job["num_rows"]:
+    num_rows = job["steps"] * job["batch"]
+    if len(rows) < job["num_held_out"] + num_rows:
         sys.exit(
-            f"`{job['data']}` gives {len(train)} rows to train on, but {job['num_rows']} are "
-            "needed; lower --steps, --batch or --held-out"
+            f"`{data}` gives {len(rows)} rows, but {num_rows} to train on and "
+            f"{job['num_held_out']} held out are needed; lower --steps, --batch or --held-out"
         )
-    for name, split in (("train", train), ("held_out", held_out)):
-        with (out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in split)
+    held_out, train = rows[: job["num_held_out"]], rows[job["num_held_out"] :][:num_rows]
+    folder = Path(job["folder"])
+    columns = ("input_ids", "labels")
+    write_lines(folder / "held_out.jsonl", [{key: row[key] for key in columns} for row in held_out])
+    write_lines(folder / "train.jsonl", [{key: row[key] for key in columns} for row in train])
+    write_lines(folder / "records.jsonl", [row["record"] for row in train])
+    lengths = [len(row["input_ids"]) for row in train]
+    num_targets = [count_targets(row["labels"]) for row in train]
     facts = {
+        "model_folder": str(model),
         "num_train_rows": len(train),
         "num_held_out_rows": len(held_out),
+        "num_held_out_targets": sum(count_targets(row["labels"]) for row in held_out),
         "num_rows_left_out_as_too_long": num_too_long,
-        "mean_tokens": sum(len(row["input_ids"]) for row in rows) / len(rows),
-        "longest_tokens": max(len(row["input_ids"]) for row in rows),
-        "share_trained": sum(count_targets(row["labels"]) for row in rows)
-        / sum(len(row["input_ids"]) for row in rows),
-        **matmul_parameters(job["model"]),
+        "num_tokens": sum(lengths),
+        "num_targets": sum(num_targets),
+        "mean_tokens": sum(lengths) / len(lengths),
+        "longest_tokens": max(lengths),
+        "share_trained": sum(num_targets) / sum(lengths),
+        "steps_of_seed": {
+            seed: steps_of_seed(lengths, seed, job["batch"], job["steps"]) for seed in job["seeds"]
+        },
+        **matmul_parameters(str(model)),
     }
-    (out / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def resolve(name: str) -> Path:
+    """The local path of a file, a folder, or `asset:NAME`."""
+    if name.startswith("asset:"):
+        from fulltune.assets import fetch
+
+        return fetch(name)
+    if not Path(name).exists():
+        sys.exit(f"there is no `{name}`; give a path or asset:NAME")
+    return Path(name).resolve()
+
+
+def write_lines(path: Path, values: list[Record]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+
+
+def steps_of_seed(lengths: list[int], seed: int, batch: int, num_steps: int) -> list[list[int]]:
+    """The rows of every step: fulltune's own order, which all the others are then given too."""
+    import numpy as np
+
+    from fulltune.config import Quantity
+    from fulltune.data.loader import Loader
+
+    loader = Loader(
+        np.array(lengths),
+        np.arange(len(lengths)),
+        batch=Quantity(batch, "examples"),
+        micro_batch_tokens=sum(lengths),
+        seed=seed,
+        packing=True,
+    )
+    plans = itertools.islice(loader, num_steps)
+    return [sorted(int(i) for micro in plan.micro_batches for i in micro) for plan in plans]
 
 
 def encode_all(
@@ -114,9 +163,7 @@ def encode_chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     labels = [
         token if any(first <= start and end <= last for first, last in spans) else IGNORED
-        for token, (start, end) in zip(
-            encoded["input_ids"], encoded["offset_mapping"], strict=True
-        )
+        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
     return encoded["input_ids"], labels
 

@@ -28,12 +28,17 @@ app = typer.Typer(
 File = Annotated[Path, typer.Argument(help="Settings file (YAML).", metavar="FILE")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Settings that differ from the file, such as `optimizer.lr=5e-5`.", metavar="KEY=VALUE"),
+    typer.Argument(
+        help="Settings that differ from the file, such as `optimizer.lr=5e-5`.", metavar="KEY=VALUE"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Model = Annotated[
     str,
-    typer.Argument(help="A run folder, a model folder, a Hub name, a `.gguf` file or `asset:NAME`.", metavar="MODEL"),
+    typer.Argument(
+        help="A run folder, a model folder, a Hub name, a `.gguf` file or `asset:NAME`.",
+        metavar="MODEL",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
 TRAIN, USE, LIST = "Train", "Use what was trained", "See what there is"
@@ -45,7 +50,9 @@ TRAIN, USE, LIST = "Train", "Use what was trained", "See what there is"
 @app.command(rich_help_panel=TRAIN)
 def demo(
     run_dir: Annotated[str, typer.Option(help="Folder of the run.")] = "runs/demo",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted demo.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted demo.")
+    ] = False,
 ) -> None:
     """Fine-tune all weights of SmolLM2-135M on real instructions; nothing to configure."""
     from fulltune.recipes import demo as recipe
@@ -76,7 +83,10 @@ def finetune(
     file: File,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint, or start where there is none.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the last checkpoint, or start where there is none."
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the full settings, and train nothing.")
@@ -129,7 +139,9 @@ def _print_sample(sample: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(f"Prompt: {sample.prompt}", style="bold"), title_justify="left", expand=True)
+    table = Table(
+        title=Text(f"Prompt: {sample.prompt}", style="bold"), title_justify="left", expand=True
+    )
     table.add_column("before", ratio=1)
     table.add_column("after", ratio=1)
     table.add_row(Text(sample.before), Text(sample.after))
@@ -156,7 +168,8 @@ def evaluate(
         str | None, typer.Option(help="Labelled rows; without it, the validation split of the run.")
     ] = None,
     columns: Annotated[
-        list[str] | None, typer.Option("--column", help="Our field and your column, `text=question`.")
+        list[str] | None,
+        typer.Option("--column", help="Our field and your column, `text=question`."),
     ] = None,
     too_long: Annotated[str, typer.Option(help="`error`, `truncate` or `drop`.")] = "error",
     device: Device = "auto",
@@ -182,15 +195,24 @@ def evaluate(
 @app.command(rich_help_panel=USE)
 def predict(
     model: Model,
-    source: Annotated[str, typer.Argument(help="Rows in any format that training reads.", metavar="INPUT")],
-    output: Annotated[Path | None, typer.Option(help="JSON Lines to write; without it, stdout.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the lines already written.")] = False,
+    source: Annotated[
+        str, typer.Argument(help="Rows in any format that training reads.", metavar="INPUT")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="JSON Lines to write; without it, stdout.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the lines already written.")
+    ] = False,
     columns: Annotated[
-        list[str] | None, typer.Option("--column", help="Our field and your column, `text=question`.")
+        list[str] | None,
+        typer.Option("--column", help="Our field and your column, `text=question`."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens of this probability.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
     too_long: Annotated[str, typer.Option(help="Classification: `error` or `truncate`.")] = "error",
     device: Device = "auto",
@@ -202,7 +224,12 @@ def predict(
 
     settings = build_config(
         GenerationSettings,
-        {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed},
+        {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": seed,
+        },
     )
     result = recipe.run(
         model, source, output=output, resume=resume, settings=settings, columns=_columns(columns),
@@ -231,9 +258,12 @@ def chat(
 
 @app.command(rich_help_panel=USE)
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="One run folder, or several to compare.", metavar="RUN")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="One run folder, or several to compare.", metavar="RUN")
+    ],
     output: Annotated[
-        Path | None, typer.Option(help="The page to write; without it, `report.html` in the first run.")
+        Path | None,
+        typer.Option(help="The page to write; without it, `report.html` in the first run."),
     ] = None,
 ) -> None:
     """Write one page of curves, settings, data and samples; several runs side by side."""
@@ -248,7 +278,9 @@ def report(
 
 @app.command(rich_help_panel=LIST)
 def settings(
-    verb: Annotated[Literal["finetune"], typer.Argument(help="The verb whose settings to list.")] = "finetune",
+    verb: Annotated[
+        Literal["finetune"], typer.Argument(help="The verb whose settings to list.")
+    ] = "finetune",
     as_json: Json = False,
 ) -> None:
     """List every setting with what it accepts, its default and its meaning."""
@@ -327,12 +359,19 @@ def _print_assets(kind: str | None, as_json: bool) -> None:
         "Models" if kind else "Assets",
         ("name", "what it is", "licence", "package"),
         [
-            (f"asset:{asset.name}", asset.summary, asset.licence, f"{asset.package} {asset.version}")
+            (
+                f"asset:{asset.name}",
+                asset.summary,
+                asset.licence,
+                f"{asset.package} {asset.version}",
+            )
             for asset in rows
         ],
     )
     if kind:
-        typer.echo("Also a local folder, a run folder, a .gguf file, or a Hub name such as OWNER/NAME.")
+        typer.echo(
+            "Also a local folder, a run folder, a .gguf file, or a Hub name such as OWNER/NAME."
+        )
 
 
 # -- printing --------------------------------------------------------------------------------------
@@ -384,7 +423,9 @@ def _columns(pairs: list[str] | None) -> dict[str, str]:
         if not (ours and equals and theirs):
             from fulltune.errors import ConfigError
 
-            raise ConfigError(f"`--column {pair}` names no column", hint="write `--column text=question`")
+            raise ConfigError(
+                f"`--column {pair}` names no column", hint="write `--column text=question`"
+            )
         columns[ours] = theirs
     return columns
 
@@ -393,7 +434,9 @@ def _too_long(text: str) -> Literal["error", "truncate", "drop"]:
     if text not in ("error", "truncate", "drop"):
         from fulltune.errors import ConfigError
 
-        raise ConfigError(f"`--too-long` cannot be {text!r}", hint="choose from error, truncate, drop")
+        raise ConfigError(
+            f"`--too-long` cannot be {text!r}", hint="choose from error, truncate, drop"
+        )
     return cast(Literal["error", "truncate", "drop"], text)
 
 

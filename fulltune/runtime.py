@@ -78,7 +78,9 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"`device` cannot be {device!r}", hint="choose from auto, cpu, cuda, cuda:N") from None
+        raise ConfigError(
+            f"`device` cannot be {device!r}", hint="choose from auto, cpu, cuda, cuda:N"
+        ) from None
     if chosen.type == "cuda":
         count = torch.cuda.device_count()
         index = local_rank if chosen.index is None else chosen.index
@@ -90,7 +92,9 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
             )
         return torch.device("cuda", index)
     if chosen.type != "cpu":
-        raise ConfigError(f"`device` cannot be {device!r}", hint="choose from auto, cpu, cuda, cuda:N")
+        raise ConfigError(
+            f"`device` cannot be {device!r}", hint="choose from auto, cpu, cuda, cuda:N"
+        )
     return chosen
 
 
@@ -192,7 +196,9 @@ def describe_machine(device: torch.device) -> dict[str, str | int]:
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists():
         lines = cpu_info.read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+        name = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name
+        )
     machine: dict[str, str | int] = {
         "cpu": name,
         "cores": num_cores(),

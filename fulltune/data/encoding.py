@@ -229,7 +229,7 @@ def encode_dataset(
         needs_label: False in prediction; see `make_example`.
 
     Raises:
-        DataError: a row cannot be used; the first such row, whatever the number of workers.
+        DataError: a row cannot be used; the same row is named whatever the number of workers.
     """
     if not sources:
         raise DataError("no data is named", hint="name a file in `task.train`")
@@ -559,7 +559,8 @@ class _Columns:
             num_rows.append(table.num_rows)
             parts["length"].append(np.diff(table["input_ids"].offsets.to_numpy()))
             for name in _NUMBER_COLUMNS:
-                parts[name].append(table[name].to_numpy())
+                # A copy, or every file would stay mapped until the last is read.
+                parts[name].append(table[name].to_numpy().copy())
             labels = table["label"].dictionary_encode()
             names = labels.dictionary.to_pylist()
             code_of = np.array(

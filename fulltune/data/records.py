@@ -23,6 +23,7 @@ from typing import IO, Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet
 
+from fulltune.assets import fetch
 from fulltune.errors import DataError, MissingExtraError
 
 STANDARD_INPUT = "-"
@@ -150,8 +151,6 @@ def _named_rows(name: str, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterat
 
 def _local_path(source: str) -> Path:
     if source.startswith(ASSET_PREFIX):
-        from fulltune.assets import fetch
-
         return fetch(source.removeprefix(ASSET_PREFIX))
     return Path(source).expanduser()
 

@@ -102,7 +102,9 @@ class TaskConfig(Settings):
     """Training data: a file, a folder, `asset:NAME`, or a Hub data set `hub:OWNER/NAME[:SPLIT]`; or a list of these."""
     validation: str | None = "5%"
     """Held-out data: a share (`5%`), a number (`500 examples`), a source like `train`, or null for none."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification"] = "auto"
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification"
+    ] = "auto"
     """How rows are laid out; `auto` recognises it from the first rows and says so."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our field name -> the column's name in the data, e.g. `{text: question, label: class}`."""

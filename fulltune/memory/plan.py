@@ -95,7 +95,9 @@ def plan_memory(
     heads = int(getattr(text, "num_attention_heads", 1))
     head_width = int(getattr(text, "head_dim", None) or width // heads)
     key_width = head_width * int(getattr(text, "num_key_value_heads", None) or heads)
-    inner = int(getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width)
+    inner = int(
+        getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
+    )
     layers = int(text.num_hidden_layers)
     vocabulary = int(text.vocab_size) * width
     # Inputs of norms and products, queries, keys, values, and three of the feed-forward part;

@@ -93,9 +93,7 @@ def padded_tokens(
 ) -> Tensor:
     """One row a document, padded on the right: int64 [B, T]."""
     longest = max(len(example["input_ids"]) for example in examples)
-    rows = [
-        [*example[key], *[padding] * (longest - len(example[key]))] for example in examples
-    ]
+    rows = [[*example[key], *[padding] * (longest - len(example[key]))] for example in examples]
     return torch.tensor(rows)
 
 

@@ -105,7 +105,9 @@ class Classification:
         """
         if not isinstance(example, ClassificationExample):
             raise TypeError(f"{type(example).__name__} has no label")
-        texts = (example.text, example.text_pair) if example.text_pair is not None else (example.text,)
+        texts = (
+            (example.text, example.text_pair) if example.text_pair is not None else (example.text,)
+        )
         separated = self.tokenizer.num_special_tokens_to_add(
             pair=True
         ) > self.tokenizer.num_special_tokens_to_add(pair=False)
@@ -120,7 +122,9 @@ class Classification:
                 return []
             if self.too_long == "error":
                 raise too_long_error(example.where, length, self.max_length)
-            tokens = self.tokenizer(*texts, truncation=True, max_length=self.max_length, verbose=False)
+            tokens = self.tokenizer(
+                *texts, truncation=True, max_length=self.max_length, verbose=False
+            )
         label = example.label or ""
         text_hash = content_hash(example.text, *([example.text_pair] if example.text_pair else []))
         return [
@@ -156,7 +160,9 @@ class Classification:
                 **make_document_kwargs(lengths, torch.device("cpu")),
             )
             if has_segments:
-                segments = [segment for example in examples for segment in example["token_type_ids"]]
+                segments = [
+                    segment for example in examples for segment in example["token_type_ids"]
+                ]
                 batch["token_type_ids"] = torch.tensor([segments])
         else:
             padding = self.tokenizer.pad_token_id or 0

@@ -29,7 +29,10 @@ class OptimizerConfig(Settings):
     """Peak learning rate of a new head; null is `lr`."""
     layer_lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor from each layer to the one below it; 1 trains all layers at `lr`."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
     """AdamW: decay of the first and second moment."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW: added to the root of the second moment."""
@@ -229,7 +232,9 @@ class Optimizer:
         for key, value in state.items():
             name, _, entry = key.rpartition("/")
             if name not in tensors:
-                raise CheckpointError(f"the checkpoint has optimizer state of `{name}`, which is not trained")
+                raise CheckpointError(
+                    f"the checkpoint has optimizer state of `{name}`, which is not trained"
+                )
             master = tensors[name]
             place = value if entry == "step" else value.to(master.device)
             owners[id(master)].state[master][entry] = place.clone()

@@ -23,7 +23,9 @@ def _wsd(progress: float, decay: float, steps_past_warmup: int, warmup_steps: in
     return min(1.0, (1.0 - progress) / decay)
 
 
-def _inverse_sqrt(progress: float, decay: float, steps_past_warmup: int, warmup_steps: int) -> float:
+def _inverse_sqrt(
+    progress: float, decay: float, steps_past_warmup: int, warmup_steps: int
+) -> float:
     """Falls with the root of the step (Vaswani et al., 2017), continuous at the end of warmup."""
     start = max(warmup_steps, 1)
     return math.sqrt(start / (start + steps_past_warmup))

@@ -29,7 +29,9 @@ class NonFiniteError(TrainingError):
         micro_batches: indices of this rank's micro-batches whose loss is not finite.
     """
 
-    def __init__(self, step: int, loss: float, grad_norm: float, micro_batches: Sequence[int]) -> None:
+    def __init__(
+        self, step: int, loss: float, grad_norm: float, micro_batches: Sequence[int]
+    ) -> None:
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
         super().__init__(f"step {step}: {what}; the update was not made")
         self.step = step

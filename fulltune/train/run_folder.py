@@ -100,7 +100,8 @@ def create_run_folder(folder: Path, config: Settings) -> None:
         write_atomically(folder / CONFIG, dump_config(config))
     except OSError as error:
         raise RunFolderError(
-            f"`{folder}` cannot be written: {error}", hint="give `run_dir` a folder you may write in"
+            f"`{folder}` cannot be written: {error}",
+            hint="give `run_dir` a folder you may write in",
         ) from None
 
 

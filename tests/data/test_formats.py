@@ -62,7 +62,12 @@ def conversation(*messages: dict[str, Any]) -> dict[str, Any]:
         ("messages", {"conversations": [USER, ASSISTANT]}),
         (
             "sharegpt",
-            {"conversations": [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "Here."}]},
+            {
+                "conversations": [
+                    {"from": "human", "value": "Where?"},
+                    {"from": "gpt", "value": "Here."},
+                ]
+            },
         ),
         (
             "sharegpt",
@@ -117,18 +122,26 @@ def test_roles_of_the_field_are_understood() -> None:
 
 
 def test_a_sharegpt_system_column_is_the_first_turn() -> None:
-    row = {"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    row = {
+        "system": "s",
+        "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+    }
     assert turns(row)[0] == ("system", "s")
 
 
 def test_texts_are_taken_as_they_stand() -> None:
-    row = conversation({"role": "user", "content": " a\n"}, {"role": "assistant", "content": "\tb "})
+    row = conversation(
+        {"role": "user", "content": " a\n"}, {"role": "assistant", "content": "\tb "}
+    )
     assert turns(row) == [("user", " a\n"), ("assistant", "\tb ")]
 
 
 def test_text_parts_are_joined_and_other_parts_refused() -> None:
     parts = [{"type": "text", "text": "Whe"}, {"type": "text", "text": "re?"}]
-    assert turns(conversation({"role": "user", "content": parts}, ASSISTANT))[0] == ("user", "Where?")
+    assert turns(conversation({"role": "user", "content": parts}, ASSISTANT))[0] == (
+        "user",
+        "Where?",
+    )
     image = {"type": "image_url", "image_url": {"url": "a.png"}}
     error = refusal(conversation({"role": "user", "content": [image]}, ASSISTANT))
     assert str(error) == (
@@ -142,7 +155,9 @@ def test_assistant_turns_may_follow_each_other() -> None:
 
 
 def test_an_empty_system_or_tool_turn_is_allowed() -> None:
-    row = conversation({"role": "system", "content": ""}, USER, {"role": "tool", "content": ""}, ASSISTANT)
+    row = conversation(
+        {"role": "system", "content": ""}, USER, {"role": "tool", "content": ""}, ASSISTANT
+    )
     assert len(turns(row)) == 4
 
 
@@ -221,7 +236,12 @@ def test_an_empty_system_or_tool_turn_is_allowed() -> None:
             None,
         ),
         (
-            {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "b"}]},
+            {
+                "conversations": [
+                    {"from": "human", "value": "a"},
+                    {"from": "function_call", "value": "b"},
+                ]
+            },
             "turn 2 of `conversations` holds `function_call`: function calls cannot be trained on",
             "write it into the text of the turn, or drop the row",
         ),
@@ -323,7 +343,8 @@ def test_a_row_without_text_or_class_is_refused(row: dict[str, Any], message: st
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"), [({"text": "a"}, None), ({"text": "a", "label": ""}, None), ({"text": "a", "label": 1}, "1")]
+    ("row", "expected"),
+    [({"text": "a"}, None), ({"text": "a", "label": ""}, None), ({"text": "a", "label": 1}, "1")],
 )
 def test_prediction_needs_no_label(row: dict[str, Any], expected: str | None) -> None:
     format = recognise_format(records(row), config("classification"), needs_label=False)

@@ -98,7 +98,10 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str, compressi
 
 def test_a_record_says_where_it_stands(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", '{"a": 1}\n\n{"a": 2}\n')
-    assert list(read_records(path)) == [Record({"a": 1}, f"{path}:1"), Record({"a": 2}, f"{path}:3")]
+    assert list(read_records(path)) == [
+        Record({"a": 1}, f"{path}:1"),
+        Record({"a": 2}, f"{path}:3"),
+    ]
     assert lines(written(tmp_path / "a.csv", 'a,b\n1,"two\nlines"\n\n3,4\n')) == ["2", "5"]
     assert lines(written(tmp_path / "a.json", '[\n{"a": 1},\n{"a":\n 2}, {"a": 3}]')) == [
         "2",
@@ -156,7 +159,9 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert fields(path) == [{"text": "one\n\ntwo\n"}]
 
 
-@pytest.mark.parametrize("paragraph", ["word " * 2000 + "\n\n", "word " * 100 + "\n", "word ", "字"])
+@pytest.mark.parametrize(
+    "paragraph", ["word " * 2000 + "\n\n", "word " * 100 + "\n", "word ", "字"]
+)
 def test_a_long_text_is_cut_without_losing_a_character(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paragraph: str
 ) -> None:
@@ -283,17 +288,21 @@ def test_json_of_another_shape_is_refused(tmp_path: Path) -> None:
     assert "b.json:1: not JSON: `,` or `]` expected, found the end of the file" in str(error)
     error = refusal(written(tmp_path / "c.json", '[{"a": 1}]\n[]'))
     assert "c.json:2: something follows the end" in str(error)
-    error = refusal(written(tmp_path / "d.json", '[\n1]'))
+    error = refusal(written(tmp_path / "d.json", "[\n1]"))
     assert "d.json:2: a record must be an object" in str(error)
 
 
 @pytest.mark.parametrize(
     ("name", "before"),
-    [("a.jsonl", '{"a": 1}\n'), ("a.csv", "a\n"), ("a.tsv", "a\n"), ("a.txt", "a\n"), ("a.json", "[\n")],
+    [
+        ("a.jsonl", '{"a": 1}\n'),
+        ("a.csv", "a\n"),
+        ("a.tsv", "a\n"),
+        ("a.txt", "a\n"),
+        ("a.json", "[\n"),
+    ],
 )
-def test_another_encoding_is_named_by_line_and_byte(
-    tmp_path: Path, name: str, before: str
-) -> None:
+def test_another_encoding_is_named_by_line_and_byte(tmp_path: Path, name: str, before: str) -> None:
     path = written(tmp_path / name, before.encode() + '{"a": "é"}\n'.encode("latin-1"))
     error = refusal(path)
     assert str(error) == f"{path}:2: not UTF-8: byte 8 is 0xe9"
@@ -310,9 +319,7 @@ def test_utf_16_is_recognised(tmp_path: Path) -> None:
 
 def test_csv_rows_must_fit_the_header(tmp_path: Path) -> None:
     error = refusal(written(tmp_path / "a.csv", "text,label\na,1\nb, c,1\n"))
-    assert str(error) == (
-        f"{tmp_path}/a.csv:3: 3 columns, but the header has 2 (`text`, `label`)"
-    )
+    assert str(error) == (f"{tmp_path}/a.csv:3: 3 columns, but the header has 2 (`text`, `label`)")
     assert ":2: 1 columns" in str(refusal(written(tmp_path / "b.tsv", "text\tlabel\na\n")))
     error = refusal(written(tmp_path / "c.csv", "text,text\na,1\n"))
     assert str(error) == f"{tmp_path}/c.csv:1: the header names `text` more than once"

@@ -15,10 +15,14 @@ def test_every_schedule_warms_up_to_its_peak_and_never_rises_again(schedule: str
     ]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert max(factors) == pytest.approx(1.0)
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(factors[9:], factors[10:], strict=False))
+    assert all(
+        later <= earlier + 1e-12 for earlier, later in zip(factors[9:], factors[10:], strict=False)
+    )
 
 
-@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.5), ("cosine", 0.5), ("wsd", 1.0), ("constant", 1.0)])
+@pytest.mark.parametrize(
+    ("schedule", "middle"), [("linear", 0.5), ("cosine", 0.5), ("wsd", 1.0), ("constant", 1.0)]
+)
 def test_the_middle_of_a_run_is_as_published(schedule: str, middle: float) -> None:
     factor = lr_factor(schedule, 50, num_steps=100, warmup_steps=0)  # type: ignore[arg-type]
     assert factor == pytest.approx(middle)
@@ -31,7 +35,9 @@ def test_a_falling_schedule_ends_at_its_floor(schedule: str) -> None:
 
 
 def test_wsd_falls_only_in_its_last_share() -> None:
-    factors = [lr_factor("wsd", step, num_steps=100, warmup_steps=10, decay=0.2) for step in range(101)]
+    factors = [
+        lr_factor("wsd", step, num_steps=100, warmup_steps=10, decay=0.2) for step in range(101)
+    ]
     assert set(factors[10:81]) == {1.0}
     assert factors[90] == pytest.approx(0.5)
 

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run_benchmark(*options: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / "cpu_finetune.py"), *options],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def result(
+    tiny_llama: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Two steps of fulltune and of Trainer on a tiny model, for real."""
+    pytest.importorskip("accelerate", reason="needs fulltune[bench]")
+    pytest.importorskip("datasets", reason="needs fulltune[bench]")
+    folder = tmp_path_factory.mktemp("benchmark")
+    options = f"--model {tiny_llama} --data {chat_file} --peers fulltune hf-bf16 --seeds 0"
+    sizes = "--steps 2 --skip 1 --batch 4 --held-out 4 --warmup 1 --lr 1e-3 --threads 1"
+    ended = run_benchmark(*options.split(), *sizes.split(), "--json", "out.json", folder=folder)
+    assert ended.returncode == 0, ended.stderr
+    assert "fulltune" in ended.stdout
+    written: dict[str, Any] = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    return written
+
+
+@pytest.mark.slow
+def test_peers_see_the_same_tokens_and_targets_in_every_step(result: dict[str, Any]) -> None:
+    ours, theirs = result["runs"]
+    assert [ours["peer"], theirs["peer"]] == ["fulltune", "hf-bf16"]
+    seen = [[(step["tokens"], step["targets"]) for step in run["steps"]] for run in (ours, theirs)]
+    assert seen[0] == seen[1]
+    assert ours["num_targets"] == result["data"]["num_targets"]
+
+
+@pytest.mark.slow
+def test_peers_learn_the_same_from_the_same_steps(result: dict[str, Any]) -> None:
+    ours, theirs = (result["peers"][peer] for peer in ("fulltune", "hf-bf16"))
+    before = result["held_out_loss_before"]
+    # Two bf16 roundings of one trajectory: far closer to each other than to where they began.
+    difference = abs(ours["held_out_loss_mean"] - theirs["held_out_loss_mean"])
+    assert difference < 0.1 * (before - theirs["held_out_loss_mean"])
+
+
+@pytest.mark.slow
+def test_the_result_says_what_was_measured_and_where(result: dict[str, Any]) -> None:
+    for peer in result["peers"].values():
+        assert peer["peak_bytes"] > peer["imports_bytes"] > 0
+        assert math.isfinite(peer["tokens_per_second"])
+        assert 0 < peer["matmul_share"] < 1
+    assert result["peers"]["hf-bf16"]["speed_ratio"] == 1
+    assert result["machine"]["cores"] > 0
+    assert result["versions"]["transformers"] != "not installed"
+    assert {"commit", "command", "settings"} <= result.keys()
+
+
+def test_a_benchmark_without_a_step_left_to_time_is_refused(tmp_path: Path) -> None:
+    ended = run_benchmark("--steps", "4", "--skip", "4", folder=tmp_path)
+    assert ended.returncode == 2
+    assert "--skip 4 leaves nothing of --steps 4" in ended.stderr
