@@ -25,9 +25,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -129,18 +131,18 @@ def load_for_inference(
     Raises:
         ModelError: the folder is incomplete, or holds a model without a trained head.
     """
-    run_model = Path(source) / "model"
-    path = run_model if (run_model / "config.json").is_file() else resolve_model(source)
+    path = resolve_model(source)
     info = read_info(path)
     tokenizer = load_tokenizer(path)
-    kind = info["kind"] if "kind" in info else _infer_kind(path, tokenizer)
+    config = AutoConfig.from_pretrained(path)
+    kind = info["kind"] if "kind" in info else _infer_kind(path, config, tokenizer)
     model = load_model(
         path,
         head="classification" if kind == "classification" else "causal_lm",
-        dtype=dtype,
+        dtype=dtype or config.dtype or torch.float32,
         attention=IMPLEMENTATION,
     )
-    model.to(device)
+    cast(Any, model).to(device)
     model.eval()
     labels: tuple[str, ...] = ()
     if kind == "classification":
@@ -174,10 +176,10 @@ def build_objective(
     )
 
 
-def _infer_kind(path: Path, tokenizer: PreTrainedTokenizerBase) -> TaskKind:
-    from transformers import AutoConfig
-
-    architectures = AutoConfig.from_pretrained(path).architectures or []
+def _infer_kind(
+    path: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> TaskKind:
+    architectures = config.architectures or []
     kind: TaskKind
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         kind, reason = "classification", f"its architecture is {architectures[0]}"

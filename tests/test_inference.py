@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertForSequenceClassification, PreTrainedModel
+from transformers import BertForSequenceClassification, LlamaForCausalLM, PreTrainedModel
 
 from fulltune.data.tasks import ChatExample, ClassificationExample, Message
 from fulltune.errors import DataError, ModelError
@@ -366,3 +366,15 @@ def test_the_kind_is_read_from_the_folder_or_inferred_and_stated(
     assert load_for_inference(str(written.parent), device=CPU).path == written
     with pytest.raises(ModelError, match="has no trained head"):
         load_for_inference(str(tiny_bert), device=CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_stored_dtype_is_kept_unless_another_is_asked_for(
+    dtype: torch.dtype, tiny_llama: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    LlamaForCausalLM.from_pretrained(tiny_llama, dtype=dtype).save_pretrained(tmp_path / "model")
+    kept = load_for_inference(str(tmp_path / "model"), device=CPU)
+    assert kept.model.dtype == dtype
+    asked = load_for_inference(str(tmp_path / "model"), device=CPU, dtype=torch.float32)
+    assert asked.model.dtype == torch.float32
