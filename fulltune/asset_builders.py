@@ -88,7 +88,10 @@ def us_addresses(archive: Path, folder: Path) -> None:
     """Write addresses as tokens and tags; each XML element is one token of an address."""
     root = ElementTree.fromstring(_tar_text(archive, "usaddress-0.5.16/training/labeled.xml"))
     rows = (
-        {"tokens": [token.text or "" for token in address], "tags": [token.tag for token in address]}
+        {
+            "tokens": [token.text or "" for token in address],
+            "tags": [token.tag for token in address],
+        }
         for address in root
     )
     _write_rows(folder / "us-addresses.jsonl", rows)

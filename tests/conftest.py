@@ -1,10 +1,10 @@
 """Tiny real models, tokenizers and data files, made once per test session from fixed seeds."""
-# ruff: noqa: RUF001  (Chinese punctuation is meant)
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Before torch and huggingface_hub are imported: they read these once.
@@ -206,8 +206,9 @@ def _wordpiece_tokenizer() -> PreTrainedTokenizerFast:
         ),
     )
     backend.add_special_tokens([AddedToken(token, special=True) for token in special_tokens])
+    ids = backend.get_vocab()
     backend.post_processor = processors.BertProcessing(
-        ("[SEP]", backend.token_to_id("[SEP]")), ("[CLS]", backend.token_to_id("[CLS]"))
+        ("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"])
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -227,7 +228,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory:
     return directory
 
 
-def _write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+def _write_jsonl(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text("".join(lines), encoding="utf-8")
     return path

@@ -37,7 +37,7 @@ class Family:
     """Fields of the config that a dropout override sets, where the config has them."""
     can_generate: bool
     """Whether it is a causal language model."""
-    classify: Callable[[Any, Tensor], Tensor]
+    classify: Callable[[Any, Tensor], Any]
     """Applies the classification head to one vector per document, [D, H] -> [D, C]."""
     predicts_next_token: bool = False
     """Whether chat and text can be trained on it."""
@@ -47,40 +47,43 @@ class Family:
     """Values of the config that make transformers' own forward pool as `pooling` says."""
 
 
-def _score(model: Any, hidden_DH: Tensor) -> Tensor:
+# Where the classes of each architecture keep their head; transformers gives these no types.
+
+
+def _score(model: Any, hidden_DH: Tensor) -> Any:
     return model.score(hidden_DH)
 
 
-def _pooler_then_linear(model: Any, hidden_DH: Tensor) -> Tensor:
+def _pooler_then_linear(model: Any, hidden_DH: Tensor) -> Any:
     return model.classifier(model.dropout(model.base_model.pooler(hidden_DH[:, None])))
 
 
-def _albert(model: Any, hidden_DH: Tensor) -> Tensor:
+def _albert(model: Any, hidden_DH: Tensor) -> Any:
     body = model.base_model
     return model.classifier(model.dropout(body.pooler_activation(body.pooler(hidden_DH))))
 
 
-def _head_module(model: Any, hidden_DH: Tensor) -> Tensor:
+def _head_module(model: Any, hidden_DH: Tensor) -> Any:
     return model.classifier(hidden_DH[:, None])
 
 
-def _distilbert(model: Any, hidden_DH: Tensor) -> Tensor:
+def _distilbert(model: Any, hidden_DH: Tensor) -> Any:
     return model.classifier(model.dropout(torch.relu(model.pre_classifier(hidden_DH))))
 
 
-def _deberta(model: Any, hidden_DH: Tensor) -> Tensor:
+def _deberta(model: Any, hidden_DH: Tensor) -> Any:
     return model.classifier(model.dropout(model.pooler(hidden_DH[:, None])))
 
 
-def _modernbert(model: Any, hidden_DH: Tensor) -> Tensor:
+def _modernbert(model: Any, hidden_DH: Tensor) -> Any:
     return model.classifier(model.drop(model.head(hidden_DH)))
 
 
-def _xlnet(model: Any, hidden_DH: Tensor) -> Tensor:
+def _xlnet(model: Any, hidden_DH: Tensor) -> Any:
     return model.logits_proj(model.sequence_summary(hidden_DH[:, None]))
 
 
-def _t5(model: Any, hidden_DH: Tensor) -> Tensor:
+def _t5(model: Any, hidden_DH: Tensor) -> Any:
     return model.classification_head(hidden_DH)
 
 
@@ -225,4 +228,5 @@ def classification_logits(model: PreTrainedModel, hidden_DH: Tensor) -> Tensor:
     Returns:
         Logits [D, C], as the model's own forward gives on the documents one by one.
     """
-    return family_of(model.config).classify(model, hidden_DH)
+    logits_DC: Tensor = family_of(model.config).classify(model, hidden_DH)
+    return logits_DC

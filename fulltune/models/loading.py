@@ -159,7 +159,7 @@ def load_model(
     chosen = attention if family.can_pack or attention == "eager" else None
     try:
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            model, report = auto.from_pretrained(
+            loaded, report = auto.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype,
@@ -172,6 +172,7 @@ def load_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"`{path}` cannot be loaded: {_first_line(error)}") from error
 
+    model: PreTrainedModel = loaded
     fresh = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     if new_head:
         prefix = f"{model.base_model_prefix}."
@@ -338,12 +339,13 @@ def _weight_files(folder: Path) -> Iterable[Path]:
 
 def _load_config(path: Path) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"`{path / 'config.json'}` cannot be used: {_first_line(error)}",
             hint="is the installed transformers new enough for this model?",
         ) from error
+    return config
 
 
 def _check_vocabulary(
@@ -383,7 +385,7 @@ def _set_labels(
     for name, value in family.config_values.items():
         setattr(config, name, value)
     trained = any("SequenceClassification" in name for name in config.architectures or ())
-    own = [config.id2label[index] for index in range(config.num_labels)]
+    own = list((config.id2label or {}).values())
     if labels is None:
         if not trained:
             raise ModelError(
