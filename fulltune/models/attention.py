@@ -6,9 +6,9 @@ attention layer, where `attend` reads it. Importing this module registers the im
 ``attn_implementation=IMPLEMENTATION`` selects it. Without document boundaries (generation, padded
 batches) it is exactly transformers' ``sdpa``, so one model serves training and inference.
 
-    cpu, no dropout             fused kernels per document, like lengths together (`_DocumentAttention`)
-    cuda, bf16 or fp16          ``torch.nn.attention.varlen.varlen_attn``, one kernel for all
-    everything else             ``scaled_dot_product_attention`` per document
+    cpu, no dropout        `_DocumentAttention`: fused kernels, like lengths together
+    cuda, bf16 or fp16     ``torch.nn.attention.varlen.varlen_attn``, one kernel for all
+    everything else        ``scaled_dot_product_attention`` per document
 
 Shape suffixes: T tokens of the row, H heads, K key/value heads, G heads per key/value head,
 D size of a head, B documents of one group, L longest document of that group.
@@ -119,7 +119,7 @@ def isolates_documents(model: nn.Module, *, num_tokens: int = 4) -> bool:
 class DeferredMask:
     """A mask over a whole row that is only built where attention has no boundaries to go by.
 
-    transformers sees from ``position_ids`` that a row is packed and would build a dense [T, T] mask.
+    transformers sees in ``position_ids`` that a row is packed and would build a [T, T] mask.
     """
 
     def __init__(self, mask_function: Callable[..., Tensor], arguments: dict[str, Any]) -> None:
