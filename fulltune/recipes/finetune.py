@@ -36,7 +36,6 @@ from fulltune.evaluate.evaluator import (
 from fulltune.evaluate.metrics import check_metric
 from fulltune.memory.plan import MemoryPlan, MemorySetting, plan_memory
 from fulltune.models.families import layer_of, num_layers
-from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import load_model, save_model
 from fulltune.models.scope import Scope, freeze
 from fulltune.objectives.causal_lm import CausalLM
@@ -278,7 +277,6 @@ class Trainer:
         self.num_trained = sum(tensor.numel() for tensor in self.masters.tensors())
         if not self.num_trained:
             raise ConfigError(f"`scope` is `{config.scope}`, which leaves nothing to train")
-        self.replaced = install_fast_kernels(self.model)
 
         self.plan = self._plan(base_bytes)
         self.loader = Loader(
@@ -408,7 +406,6 @@ class Trainer:
             world_size=self.runtime.world_size,
             micro_batch_tokens=self.plan.micro_batch_tokens,
             predicted_memory_bytes=self.plan.predicted_bytes,
-            kernels=self.replaced,
         )
         share = self.num_trained / self.num_parameters
         self.display.notice(

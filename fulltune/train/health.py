@@ -51,7 +51,7 @@ def nonfinite_rows(
         loss = objective.loss_sum(model, to_device(objective.collate([example]), device))
         loss.backward()
         gradients = [tensor.grad for tensor in masters.tensors() if tensor.grad is not None]
-        finite = math.isfinite(float(loss)) and all(
+        finite = math.isfinite(loss.item()) and all(
             bool(gradient.isfinite().all()) for gradient in gradients
         )
         masters.zero_grad()
