@@ -393,7 +393,10 @@ def _generate_batch(
     for row, tokens in enumerate(output_BT[:, width:].tolist()):
         end = next((place for place, token in enumerate(tokens) if token in stops), None)
         kept = tokens if end is None else tokens[:end]
-        answer = Answer(_decode(tokenizer, kept), len(kept), end is not None)
+        text = _decode(tokenizer, kept)
+        if end is None:
+            text = text.rstrip("\ufffd")  # a character whose last bytes were cut off
+        answer = Answer(text, len(kept), end is not None)
         watcher.finish(row, answer.text)
         answers.append(answer)
     return answers
