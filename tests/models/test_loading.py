@@ -299,3 +299,19 @@ def test_damaged_note_is_refused(tmp_path: Path) -> None:
     (tmp_path / "fulltune.json").write_text("{")
     with pytest.raises(ModelError, match=r"fulltune\.json"):
         read_info(tmp_path)
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_dequantized_chat_model_answers() -> None:
+    path = resolve_model("asset:smollm2-135m-instruct")
+    tokenizer = load_tokenizer(path)
+    model: Any = load_model(path, head="causal_lm", dtype=torch.bfloat16)
+    prompt: Any = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = model.generate(**prompt, do_sample=False, max_new_tokens=10)[0]
+    assert "Paris" in tokenizer.decode(answer[prompt["input_ids"].shape[1] :])
