@@ -93,7 +93,9 @@ def test_greedy_answers_are_the_likeliest_tokens_one_by_one(
     )
     for messages, answer in zip(CONVERSATIONS, answers, strict=True):
         expected = greedy_by_hand(loaded, messages, 12)
-        assert answer.text == loaded.tokenizer.decode(expected, skip_special_tokens=True)
+        text = loaded.tokenizer.decode(expected, skip_special_tokens=True)
+        # The last character may have been cut in the middle of its bytes.
+        assert answer.text == (text if answer.stopped else text.rstrip("\ufffd"))
         assert answer.num_tokens == len(expected)
 
 
