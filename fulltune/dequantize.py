@@ -47,6 +47,9 @@ def dequantize_gguf(gguf_file: Path, folder: Path) -> None:
                 hint="transformers reads a limited list of GGUF architectures; "
                 "use the model's original safetensors folder",
             ) from error
+        # Some versions of transformers take the beginning token for the end token here.
+        if isinstance(model.config.eos_token_id, int):
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
         # The weights are plain now, but transformers still marks the model as quantized and would
         # refuse to save it, or to train it after loading.
         if hasattr(model.config, "quantization_config"):

@@ -198,6 +198,7 @@ def write_gguf(path: Path, source: Path) -> None:
     writer.add_token_list(tokenizer.convert_ids_to_tokens(list(range(400))))
     writer.add_token_types([3] * 3 + [1] * 397)
     writer.add_token_merges([" ".join(pair) for pair in backend["merges"]])
+    writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
     for name, value in AutoModelForCausalLM.from_pretrained(source).state_dict().items():
@@ -239,6 +240,7 @@ def test_gguf_becomes_a_plain_folder_once(
     write_gguf(gguf_file, tiny_llama)
     folder = resolve_model(str(gguf_file))
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert load_tokenizer(folder).eos_token == "<|im_end|>"
     written = (folder / "config.json").stat().st_mtime_ns
     assert resolve_model(str(gguf_file)) == folder
     assert (folder / "config.json").stat().st_mtime_ns == written
