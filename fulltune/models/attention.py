@@ -122,7 +122,7 @@ class DeferredMask:
     transformers sees in ``position_ids`` that a row is packed and would build a [T, T] mask.
     """
 
-    def __init__(self, mask_function: Callable[..., Tensor], arguments: dict[str, Any]) -> None:
+    def __init__(self, mask_function: Callable[..., Any], arguments: dict[str, Any]) -> None:
         self._mask_function = mask_function
         self._arguments = arguments
         self._verdicts: dict[tuple[Any, ...], bool] = {}
@@ -161,11 +161,11 @@ def make_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     **arguments: Any,
 ) -> Tensor | DeferredMask | None:
-    """transformers' mask for ``sdpa``, but not built yet for an unpadded row (`DeferredMask`)."""
+    """The mask of transformers for ``sdpa``, but not built yet for an unpadded row (`DeferredMask`)."""
     arguments |= {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -188,7 +188,7 @@ def make_mask(
     )
     if whole_row and not never_dense:
         return DeferredMask(mask_function, arguments)
-    return cast("Tensor | None", sdpa_mask(mask_function=mask_function, **arguments))
+    return sdpa_mask(mask_function=mask_function, **arguments)
 
 
 def _pattern(length: int, *, causal: bool, window: int | None) -> Tensor:
@@ -249,11 +249,8 @@ def attend(
         mask = (
             attention_mask.dense() if isinstance(attention_mask, DeferredMask) else attention_mask
         )
-        return cast(
-            "tuple[Tensor, None]",
-            sdpa_attention_forward(
-                module, query, key, value, mask, dropout, scaling, is_causal, **kwargs
-            ),
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout, scaling, is_causal, **kwargs
         )
 
     window: int | None = kwargs.get("sliding_window")
@@ -430,8 +427,9 @@ class _Group:
         """[H, T, D] to [B, H, L, D]."""
         if self.gathered is None:
             return states_HTD[None, :, self.start : self.end]
-        taken = states_HTD.index_select(1, self.gathered)
-        return taken.unflatten(1, (self.num_documents, self.length)).transpose(0, 1)
+        taken: Tensor = states_HTD.index_select(1, self.gathered)
+        taken = taken.unflatten(1, (self.num_documents, self.length)).transpose(0, 1)
+        return taken
 
     def put(self, row: Tensor, states: Tensor) -> None:
         """Writes [B, L, ...] to its place in a row [T, ...], without the fill."""

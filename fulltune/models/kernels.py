@@ -38,8 +38,7 @@ def install_fast_kernels(model: nn.Module) -> list[str]:
 def _is_rms_norm(module: nn.Module) -> bool:
     return (
         type(module).__name__.endswith("RMSNorm")
-        and [name for name, _ in module.named_parameters()] == ["weight"]
-        and module.weight.ndim == 1
+        and [(name, weight.ndim) for name, weight in module.named_parameters()] == [("weight", 1)]
         and isinstance(getattr(module, "variance_epsilon", None), float)
     )
 
@@ -49,7 +48,8 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     return (
         type(module).__name__.endswith("MLP")
         and all(type(projection) is nn.Linear for projection in projections)
-        and len(list(module.parameters())) == sum(len(list(p.parameters())) for p in projections)
+        and [name for name, _ in module.named_children() if "proj" in name]
+        == ["gate_proj", "up_proj", "down_proj"]
         and hasattr(module, "act_fn")
     )
 
@@ -63,13 +63,16 @@ def _gives_same_bits(module: nn.Module, forward: Any) -> bool:
     return torch.equal(module(probe), forward(module, probe))
 
 
-def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    normed: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+    return normed
 
 
-def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
+def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     down_proj = self.down_proj
-    return _GatedDown.apply(self.gate_proj(x), self.up_proj(x), down_proj.weight, down_proj.bias)
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    mixed: Tensor = _GatedDown.apply(gate, up, down_proj.weight, down_proj.bias)
+    return mixed
 
 
 class _RMSNorm(torch.autograd.Function):
