@@ -165,7 +165,7 @@ def make_mask(
     attention_mask: Tensor | None = None,
     **arguments: Any,
 ) -> Tensor | DeferredMask | None:
-    """The mask of transformers for ``sdpa``, but not built yet for an unpadded row (`DeferredMask`)."""
+    """What ``sdpa`` would get, but not built yet for an unpadded row (`DeferredMask`)."""
     arguments |= {
         "batch_size": batch_size,
         "q_length": q_length,
