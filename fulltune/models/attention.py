@@ -503,8 +503,8 @@ def _group(documents: list[tuple[int, int]], causal: bool, window: int | None) -
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# The bf16 backward kernel took 4.9 times as long as the float32 one at 30 tokens, 3.3 at 100, 1.5 at
-# 200, 1.07 at 400 and 0.6 at 1024 (Zen 4, one thread); float32 is also closer to the truth.
+# The bf16 backward kernel took 4.9 times as long as the float32 one at 30 tokens, 3.3 at 100,
+# 1.5 at 200, 1.07 at 400 and 0.6 at 1024 (Zen 4, one thread); float32 is also closer to the truth.
 _FLOAT32_BACKWARD_UP_TO = 400
 
 

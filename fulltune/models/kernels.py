@@ -2,8 +2,9 @@
 
 transformers' RMSNorm keeps two float32 copies of its input for the backward pass, and its gated MLP
 keeps the activation and the product beside gate and up. Here they are formed again when needed:
-417 instead of 742 KB per token kept for SmolLM2-135M, at the same speed within the noise. A module is replaced only after
-trying that it gives the same bits as before, so a variant of either is left alone.
+417 instead of 742 KB per token kept for SmolLM2-135M, at the same speed within the noise. A
+module is replaced only after trying that it gives the same bits as before, so a variant of either
+is left alone.
 
 Shape suffixes: T tokens, H hidden size, F inner size of the MLP.
 """
