@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
 
@@ -14,6 +17,11 @@ from fulltune.errors import FulltuneError
 
 if TYPE_CHECKING:
     from fulltune.recipes import finetune as finetune_recipe
+
+# Newer versions of typer carry a click of their own; this is the base of its errors in either.
+CommandLineError = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
 
 app = typer.Typer(
     name="fulltune",
@@ -41,6 +49,7 @@ Model = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
+SECONDS_FOR_THE_FIRST_RANK = 10
 TRAIN, USE, LIST = "Train", "Use what was trained", "See what there is"
 
 
@@ -448,17 +457,58 @@ def main() -> NoReturn:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     for noisy in ("httpx", "huggingface_hub", "transformers", "datasets", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    code: int | None = 0
     try:
-        app(prog_name="fulltune")
+        code = app(prog_name="fulltune", standalone_mode=False)
+        sys.stdout.flush()
     except FulltuneError as error:
         _fail(str(error), error.hint, error.exit_code)
-    except KeyboardInterrupt:
+    except CommandLineError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        _fail(*_explain_usage(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", None, 130)
-    sys.exit(0)
+    except BrokenPipeError:
+        # Who read the output has left, as `head` does; what is still buffered has no reader.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    sys.exit(code)
+
+
+def _explain_usage(error: Any) -> tuple[str, str]:
+    """A wrong command line in the words of the other errors."""
+    message = str(error.format_message()).strip().rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "fulltune"
+    wanted, did_you_mean, near = message.partition(" Did you mean ")
+    see = f"`{command} --help` shows what is possible"
+    if did_you_mean:
+        return _worded(wanted), f"did you mean {near.rstrip('?')}? {see}"
+    return _worded(wanted), see
+
+
+def _worded(message: str) -> str:
+    """Backticks where typer quotes, and no second `error`."""
+    message = message.rstrip(". ").replace("'", "`").replace("Value error, ", "")
+    return message[:1].lower() + message[1:]
 
 
 def _fail(message: str, hint: str | None, code: int) -> NoReturn:
-    typer.echo(f"{typer.style('error:', fg='red', bold=True)} {message}", err=True)
+    from fulltune.runtime import is_main_process
+
+    if not is_main_process():
+        # All ranks fail alike, and the first one says it. Were this one gone before, torchrun
+        # would end the first without a word; it ends this one as soon as the first is gone.
+        time.sleep(SECONDS_FOR_THE_FIRST_RANK)
+        sys.exit(code)
+    _say("error:", "red", message)
     if hint:
-        typer.echo(f"{typer.style('hint:', fg='cyan', bold=True)} {hint}", err=True)
+        _say("hint:", "cyan", hint)
     sys.exit(code)
+
+
+def _say(word: str, colour: str, text: str) -> None:
+    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    typer.echo(f"{typer.style(word, fg=colour, bold=True) if coloured else word} {text}", err=True)

@@ -45,6 +45,11 @@ class Runtime:
         return self.rank == 0
 
 
+def is_main_process() -> bool:
+    """Whether this is the first rank of the run, before and after there is a group of them."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def start_runtime(device: str = "auto") -> Runtime:
     """Choose the device and, under `torchrun`, join the other ranks.
 

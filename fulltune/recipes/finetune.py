@@ -7,13 +7,13 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from pydantic import Field
 
 from fulltune.config import BatchSize, Duration, Period, Quantity, Settings
@@ -21,7 +21,7 @@ from fulltune.data.loader import Loader, StepPlan, num_steps, prefetch
 from fulltune.data.preview import require_sound, to_json
 from fulltune.data.records import read_records
 from fulltune.data.tasks import ChatExample, TaskConfig, TextExample
-from fulltune.errors import CheckpointError, ConfigError, RunFolderError
+from fulltune.errors import CheckpointError, ConfigError
 from fulltune.evaluate.evaluator import (
     BestTracker,
     EvaluateConfig,
@@ -64,19 +64,30 @@ from fulltune.runtime import (
     versions,
 )
 from fulltune.tracking import Display, Tracker, TrackingConfig, format_bytes, make_display
-from fulltune.train.checkpoint import last_checkpoint, prune_checkpoints, save_checkpoint
+from fulltune.train.checkpoint import (
+    Checkpoint,
+    find_damage,
+    last_checkpoint,
+    prune_checkpoints,
+    remove_unfinished,
+    save_checkpoint,
+)
 from fulltune.train.health import NonFiniteError, SpikeDetector, nonfinite_rows
 from fulltune.train.interruption import agreed, caught_signals
 from fulltune.train.loop import Ending, Every, Progress, fit
+from fulltune.train.ranks import from_all_ranks, from_main_rank, on_all_ranks, on_main_rank
 from fulltune.train.run_folder import (
     CHECKPOINTS,
     MODEL,
     check_run_folder,
     create_run_folder,
+    flush_folder,
     is_finished,
     locked,
+    remove_leftovers,
     replace_folder,
     write_atomically,
+    write_errors,
     write_manifest,
 )
 from fulltune.train.step import MicroBatch, train_step
@@ -149,17 +160,18 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
         FulltuneError: of the kind that says what is wrong; nothing of another run is touched.
     """
     folder = Path(config.run_dir)
-    found = check_run_folder(folder, config, resume=resume)
-    if found is not None and is_finished(folder):
-        return Result(folder, "finished", 0, {}, already_finished=True)
     metric = check_metric(
         config.evaluate.metric, config.task.kind, retention=bool(config.evaluate.retention)
     )
     runtime = start_runtime(config.device)
-    display = display or make_display(title=str(folder), metric=metric)
     try:
-        with display:
-            return _run(config, found, metric, runtime, display if runtime.is_main else _Silent())
+        found = on_all_ranks(runtime, lambda: check_run_folder(folder, config, resume=resume))
+        if found is not None and is_finished(folder):
+            return Result(folder, "finished", 0, {}, already_finished=True, is_main=runtime.is_main)
+        if not runtime.is_main:
+            return _run(config, found, metric, runtime, _Silent())
+        with display or make_display(title=str(folder), metric=metric) as shown:
+            return _run(config, found, metric, runtime, shown)
     finally:
         finish_runtime()
 
@@ -168,12 +180,6 @@ class _Silent:
     """The display of ranks other than the first."""
 
     num_steps: int | None = None
-
-    def __enter__(self) -> _Silent:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        return None
 
     def stage(self, text: str) -> None: ...
     def progress(self, description: str, done: int, total: int | None) -> None: ...
@@ -193,7 +199,9 @@ def _run(
     source = retention_source(config.evaluate, config.task.kind)
     base_bytes = psutil.Process().memory_info().rss
     # A resumed run computes as it began: another precision would be another run.
-    precision = choose_precision(found.precision if found else config.precision, runtime.device)
+    precision = from_main_rank(
+        runtime, choose_precision(found.precision if found else config.precision, runtime.device)
+    )
     display.stage(f"precision {precision.reason}")
     config = config.model_copy(
         update={"precision": "bf16" if precision.dtype == torch.bfloat16 else "fp32"}
@@ -205,7 +213,7 @@ def _run(
     )
     display.stage("reading and tokenizing the data")
     prepared = _prepare_on_all_ranks(config, objective, runtime, display)
-    for finding in require_sound(prepared.facts):
+    for finding in on_all_ranks(runtime, lambda: require_sound(prepared.facts)):
         if finding.level == "warning":
             display.notice(f"warning: {finding.message}")
     for note in prepared.notes:
@@ -222,29 +230,35 @@ def _run(
         )
         trainer.retention = encode_retention(texts, reader)
 
-    if runtime.is_main:
-        create_run_folder(folder, config)
-        with locked(folder):
-            return trainer.train(resume=found is not None)
-    return trainer.train(resume=found is not None)
+    with ExitStack() as held:
+
+        def begin() -> None:
+            held.enter_context(locked(folder))
+            # Once more, now that no other run can begin here.
+            check_run_folder(folder, config, resume=found is not None)
+            remove_leftovers(folder)
+            create_run_folder(folder, config)
+
+        on_main_rank(runtime, begin)
+        return trainer.train(resume=found is not None)
 
 
 def _prepare_on_all_ranks(
     config: Config, objective: Any, runtime: Runtime, display: Any
 ) -> Prepared:
     """The first rank encodes; the others then find it in the cache."""
-    if not runtime.is_main:
-        dist.barrier()
-    prepared = prepare(
-        objective,
-        config.task,
-        seed=config.seed,
-        num_workers=config.num_workers,
-        progress=lambda done: display.progress("records tokenized", done, None),
-    )
-    if runtime.is_main and runtime.world_size > 1:
-        dist.barrier()
-    return prepared
+
+    def made() -> Prepared:
+        return prepare(
+            objective,
+            config.task,
+            seed=config.seed,
+            num_workers=config.num_workers,
+            progress=lambda done: display.progress("records tokenized", done, None),
+        )
+
+    prepared = on_main_rank(runtime, made)
+    return on_all_ranks(runtime, lambda: prepared or made())
 
 
 class Trainer:
@@ -268,7 +282,7 @@ class Trainer:
         self.retention: list[Any] = []
         self.started = time.time()
 
-        self.model = self._load()
+        self.model = on_all_ranks(runtime, self._load)
         layers = layer_of_parameters(self.model)
         depth = num_layers(self.model.config)
         freeze(self.model, config.scope, layer_of=layers, num_layers=depth)
@@ -278,7 +292,9 @@ class Trainer:
         if not self.num_trained:
             raise ConfigError(f"`scope` is `{config.scope}`, which leaves nothing to train")
 
-        self.plan = self._plan(base_bytes)
+        plans = from_all_ranks(runtime, on_all_ranks(runtime, lambda: self._plan(base_bytes)))
+        # Ranks that cut a step differently would not divide it.
+        self.plan = min(plans, key=lambda plan: plan.micro_batch_tokens)
         self.loader = Loader(
             prepared.dataset.lengths,
             prepared.train,
@@ -364,20 +380,23 @@ class Trainer:
         ):
             self._say_what_starts(resumed_step)
             if resumed_step is None:
-                self._sample(0)
+                on_main_rank(self.runtime, lambda: self._sample(0))
                 if self.config.task.validation is not None:
                     self._evaluate(0)
-            ending = fit(
-                self.progress,
-                self._step,
-                self._batches(),
-                num_steps=self.num_steps,
-                evaluate=self._evaluate,
-                evaluate_every=_every(self.config.evaluate.every, steps_per_epoch),
-                save=self._save,
-                save_every=_every(self.config.save_every, steps_per_epoch),
-                interrupted=lambda: agreed(interruption, self.runtime),
-            )
+            if resumed_step is not None and self.best.should_stop:
+                ending: Ending = "stopped early"  # killed after the decision, before the end
+            else:
+                ending = fit(
+                    self.progress,
+                    self._step,
+                    self._batches(),
+                    num_steps=self.num_steps,
+                    evaluate=self._evaluate,
+                    evaluate_every=_every(self.config.evaluate.every, steps_per_epoch),
+                    save=lambda step: on_main_rank(self.runtime, lambda: self._save(step)),
+                    save_every=_every(self.config.save_every, steps_per_epoch),
+                    interrupted=lambda: agreed(interruption, self.runtime),
+                )
             if ending == "interrupted":
                 self.tracker.write(
                     "interrupted", step=self.progress.step, signal=interruption.signal_name
@@ -387,7 +406,7 @@ class Trainer:
                     "go on with `--resume`"
                 )
             else:
-                self._finish(ending)
+                on_main_rank(self.runtime, lambda: self._finish(ending))
         return Result(
             self.folder, ending, self.progress.step, self.last_metrics, is_main=self.runtime.is_main
         )
@@ -503,6 +522,7 @@ class Trainer:
         rows = nonfinite_rows(
             self.model, self.objective, examples, self.masters, self.runtime.device
         )
+        rows = [row for found in from_all_ranks(self.runtime, rows) for row in found]
         self.tracker.write("nonfinite", step=error.step, message=str(error), rows=rows)
         named = f"rows: {', '.join(rows[:10])}" if rows else "no single row is at fault"
         error.hint = (
@@ -536,13 +556,15 @@ class Trainer:
                 self.retention,
                 micro_batch_tokens=self.plan.micro_batch_tokens,
             )
+        # Every rank measured all of it; where their last bits differ, they still stop together.
+        metrics = from_main_rank(self.runtime, metrics)
         self.last_metrics = metrics
         self.tracker.write("evaluation", step=step, split="validation", **metrics)
         self.display.evaluation(step, {"split": "validation", **metrics})
         if self.config.task.validation is None:
             return False
-        if self.best.update(step, metrics) and step > 0 and self.runtime.is_main:
-            self._save_best(step)
+        if self.best.update(step, metrics) and step > 0:
+            on_main_rank(self.runtime, lambda: self._save_best(step))
         if self.best.should_stop:
             self.tracker.write(
                 "early_stop", step=step, metric=self.best.metric, best_step=self.best.best_step
@@ -570,25 +592,28 @@ class Trainer:
             [example for example in conversations if isinstance(example, ChatExample)],
             num_samples=count,
         )
-        if not self.runtime.is_main:
-            return
-        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for sample in samples:
-                prompt = [{"role": turn.role, "content": turn.content} for turn in sample.prompt]
-                line = {
-                    "step": step,
-                    "prompt": prompt,
-                    "answer": sample.answer,
-                    "reference": sample.reference,
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                self.tracker.write("sample", **line)
+        lines = [
+            {
+                "step": step,
+                "prompt": [{"role": turn.role, "content": turn.content} for turn in sample.prompt],
+                "answer": sample.answer,
+                "reference": sample.reference,
+            }
+            for sample in samples
+        ]
+        # Written anew with what was there of other steps: a run killed here samples once more.
+        path = self.folder / "samples.jsonl"
+        kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in kept if json.loads(line)["step"] != step]
+        made = [json.dumps(line, ensure_ascii=False) for line in lines]
+        with write_errors(self.folder):
+            write_atomically(path, "".join(f"{line}\n" for line in [*kept, *made]))
+        for line in lines:
+            self.tracker.write("sample", **line)
 
     # -- checkpoints -------------------------------------------------------------------------------
 
     def _save(self, step: int) -> None:
-        if not self.runtime.is_main:
-            return
         state = {
             "step": step,
             "loader": self.loader.state(),
@@ -599,6 +624,7 @@ class Trainer:
             "details": self.last_details,
             "seconds": self._seconds(),
             "world_size": self.runtime.world_size,
+            "micro_batch_tokens": self.plan.micro_batch_tokens,
         }
         folder = self.folder / CHECKPOINTS
         start = time.perf_counter()
@@ -613,9 +639,6 @@ class Trainer:
             state=state,
         )
         prune_checkpoints(folder, keep=self.config.keep_checkpoints)
-        for older in folder.glob("best-*"):
-            if self.best.best_step is not None and _number(older) < self.best.best_step:
-                shutil.rmtree(older)
         self.tracker.write(
             "checkpoint", step=step, path=str(path), seconds=time.perf_counter() - start
         )
@@ -633,12 +656,15 @@ class Trainer:
 
     def _restore(self) -> int | None:
         """Go back to the newest whole checkpoint; None where the run saved none yet."""
-        checkpoint, problems = last_checkpoint(self.folder / CHECKPOINTS)
+        folder = self.folder / CHECKPOINTS
+        on_main_rank(self.runtime, lambda: remove_unfinished(folder))
+        checkpoint, problems = on_all_ranks(self.runtime, lambda: last_checkpoint(folder))
         for problem in problems:
             self.display.notice(f"not loaded: {problem}")
         if checkpoint is None:
-            for stale in ("samples.jsonl", "metrics.jsonl"):
-                (self.folder / stale).unlink(missing_ok=True)
+            if self.runtime.is_main:
+                for stale in ("samples.jsonl", "metrics.jsonl"):
+                    (self.folder / stale).unlink(missing_ok=True)
             return None
         state = checkpoint.state
         if state["model_fingerprint"] != self._fingerprint():
@@ -653,8 +679,20 @@ class Trainer:
         self.spikes.losses = state["spike_losses"]
         self.last_metrics, self.last_details = state["metrics"], state["details"]
         self.seconds_before = state["seconds"]
+        self._plan_as_before(state["micro_batch_tokens"])
         self.progress.step = checkpoint.step
         return checkpoint.step
+
+    def _plan_as_before(self, micro_batch_tokens: int) -> None:
+        """More free memory than before must not change the last bits of what is learned."""
+        if self.plan.micro_batch_tokens < micro_batch_tokens:
+            self.display.notice(
+                f"forward passes of {self.plan.micro_batch_tokens:,} tokens fit now, and were "
+                f"{micro_batch_tokens:,} before: the run goes on, its last bits may differ"
+            )
+            return
+        self.plan = replace(self.plan, micro_batch_tokens=micro_batch_tokens)
+        self.loader.micro_batch_tokens = micro_batch_tokens
 
     def _fingerprint(self) -> list[list[Any]]:
         """Names and shapes of what is trained."""
@@ -668,20 +706,20 @@ class Trainer:
     def _finish(self, ending: Ending) -> None:
         """Take the best weights, write the model, and say where everything came from."""
         step = self.progress.step
+        prune_checkpoints(self.folder / CHECKPOINTS, keep=self.config.keep_checkpoints)
         best = self.folder / CHECKPOINTS / f"best-{self.best.best_step or 0:08d}"
         if self.best.best_step is not None and self.best.best_step != step and best.exists():
             self._write_model(self.folder / "model-last")
             self._take(best)
         self._sample(step)
-        if not self.runtime.is_main:
-            return
-        self._write_model(self.folder / MODEL)
         change = self._weight_change()
         self._say_what_moved(change)
         manifest = self._manifest(ending, change)
-        (self.folder / MODEL / "README.md").write_text(
-            render_model_card(manifest), encoding="utf-8"
-        )
+        self._write_model(self.folder / MODEL, card=render_model_card(manifest))
+        with write_errors(self.folder):
+            self._write_facts(manifest)
+
+    def _write_facts(self, manifest: dict[str, Any]) -> None:
         write_atomically(
             self.folder / "data.json", to_json(self.prepared.facts, self.prepared.findings)
         )
@@ -697,14 +735,15 @@ class Trainer:
                 json.dumps(evaluation, ensure_ascii=False),
             )
         self.tracker.write(
-            "end", step=step, ending=ending, seconds=self._seconds(), **self.last_metrics
-        )
-        write_manifest(self.folder, manifest)
+            "end", step=self.progress.step, ending=manifest["ending"], seconds=self._seconds(),
+            **self.last_metrics,
+        )  # fmt: skip
+        # The report reads the manifest; only the last write says that all of it is there.
+        write_manifest(self.folder, {**manifest, "finished": False})
         write_report([self.folder], self.folder / "report.html")
+        write_manifest(self.folder, manifest)
 
     def _take(self, best: Path) -> None:
-        from fulltune.train.checkpoint import Checkpoint, find_damage
-
         problem = find_damage(best)
         if problem is not None:
             raise CheckpointError(f"the best weights, `{best}`, cannot be used: {problem}")
@@ -712,26 +751,22 @@ class Trainer:
         self.masters.load(Checkpoint(best, _number(best), state).tensors("weights"))
         self.last_metrics, self.last_details = state["metrics"], state["details"]
 
-    def _write_model(self, folder: Path) -> None:
-        if not self.runtime.is_main:
-            return
+    def _write_model(self, folder: Path, card: str | None = None) -> None:
         temporary = folder.with_name(f".{folder.name}.tmp")
-        if temporary.exists():
-            shutil.rmtree(temporary)
         info = {
             "kind": self.config.task.kind,
             "max_length": self.objective.max_length,
             "base_model": self.config.model,
             "run": str(self.folder),
         }
-        try:
+        with write_errors(folder), ExitStack() as leftovers:
+            # Gone by then, unless the disk was full: its room is wanted back.
+            leftovers.callback(shutil.rmtree, temporary, ignore_errors=True)
             save_model(self.model, self.base.tokenizer, temporary, info=info)
+            if card is not None:
+                (temporary / "README.md").write_text(card, encoding="utf-8")
+            flush_folder(temporary)
             replace_folder(temporary, folder)
-        except OSError as error:
-            raise RunFolderError(
-                f"`{folder}` could not be written: {error}",
-                hint="free some space, then `--resume`: the last checkpoint is intact",
-            ) from None
 
     def _weight_change(self) -> list[dict[str, Any]]:
         """How far each layer moved from the base model, which is loaded once more to see it."""

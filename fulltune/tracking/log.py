@@ -19,6 +19,8 @@ from fulltune.errors import DataError, RunFolderError
 # JSON has no NaN. Such values are written as strings, and the key below names the fields that hold
 # one, so that an answer that happens to read "NaN" is still read back as text.
 _NOT_FINITE_KEY = "not_finite"
+# Written after the last checkpoint, and with its step.
+_OF_THE_END = ("sample", "weight_change", "end")
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -51,12 +53,17 @@ class MetricsLog:
             os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> None:
-        """Forget events of later steps, which a resumed run makes again.
+        """Forget events of later steps, and of the end, which a resumed run makes again.
 
         Events without a step stay. The file is replaced in one rename, so it is never half cut.
         """
         self._file.close()
-        kept = [event for event in read_metrics(self.path) if event.get("step", step) <= step]
+        kept = [
+            event
+            for event in read_metrics(self.path)
+            if event.get("step", step) <= step
+            and not (event["event"] in _OF_THE_END and event.get("step", 0) > 0)
+        ]
         temporary = self.path.with_name(self.path.name + ".tmp")
         with _named_write_errors(self.path):
             with temporary.open("wb") as file:

@@ -139,12 +139,25 @@ def find_damage(path: Path) -> str | None:
 
 
 def prune_checkpoints(folder: Path, *, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints."""
-    for path in _by_step(folder)[keep:]:
-        # Renamed first: a kill in the middle of the removal must not leave a torn one by its name.
-        doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+    """Remove all but the newest ``keep`` checkpoints, and best weights that none of them names.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    kept = _by_step(folder)[:keep]
+    named = {f"best-{step:08d}" for step in map(_best_step_of, kept) if step is not None}
+    best = [path for path in folder.glob("best-*") if path.name not in named]
+    try:
+        for path in (*_by_step(folder)[keep:], *best):
+            # Renamed first: a kill in the middle of the removal leaves no torn one by its name.
+            doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+    except OSError as error:
+        raise CheckpointError(
+            f"old checkpoints in `{folder}` could not be removed: {error}",
+            hint="make the folder writable, then go on with `--resume`",
+        ) from None
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -164,6 +177,15 @@ def _by_step(folder: Path) -> list[Path]:
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=_step_of, reverse=True)
+
+
+def _best_step_of(path: Path) -> int | None:
+    """The step of the best weights that a checkpoint names; None where it names none or is torn."""
+    try:
+        step = json.loads((path / "state.json").read_text(encoding="utf-8"))["best"]["best_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return int(step) if step is not None else None
 
 
 def _step_of(path: Path) -> int:

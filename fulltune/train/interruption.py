@@ -7,6 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ class Interruption:
 def caught_signals() -> Generator[Interruption]:
     """Turn the first SIGINT or SIGTERM into a request; a second one acts at once."""
     interruption = Interruption()
-    previous = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def request(number: int, frame: FrameType | None) -> None:
         interruption.signal_name = signal.Signals(number).name

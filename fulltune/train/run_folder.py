@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
+
 from fulltune.config import Settings, build_config, differing_keys, dump_config, read_yaml
-from fulltune.errors import ConfigError, RunFolderError
+from fulltune.errors import ConfigError, FulltuneError, RunFolderError
 
 S = TypeVar("S", bound=Settings)
 
 CONFIG, MANIFEST, CHECKPOINTS, MODEL = "config.yaml", "manifest.json", "checkpoints", "model"
+LOCK = ".lock"
 
 CHANGEABLE = (
     "device", "memory", "num_workers", "save_every", "keep_checkpoints",
@@ -66,7 +69,8 @@ def check_run_folder(folder: Path, config: S, *, resume: bool) -> S | None:
                 hint="give `run_dir` another name, or resume with the settings of the run",
             )
         return found
-    if folder.is_dir() and any(folder.iterdir()):
+    # A run killed at its very start leaves hidden files, and nothing that could be lost.
+    if folder.is_dir() and any(not _is_leftover(path) for path in folder.iterdir()):
         raise RunFolderError(
             f"`{folder}` is not empty, and holds no run", hint="give `run_dir` another name"
         )
@@ -95,24 +99,21 @@ def create_run_folder(folder: Path, config: Settings) -> None:
     Raises:
         RunFolderError: it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with write_errors(folder):
         write_atomically(folder / CONFIG, dump_config(config))
-    except OSError as error:
-        raise RunFolderError(
-            f"`{folder}` cannot be written: {error}",
-            hint="give `run_dir` a folder you may write in",
-        ) from None
 
 
 @contextmanager
 def locked(folder: Path) -> Generator[None]:
-    """Hold the folder for this process; the lock ends with the process, however it ends.
+    """Make the folder, and hold it for this process; the lock ends with it, however it ends.
 
     Raises:
-        RunFolderError: another process trains in it.
+        RunFolderError: another process trains in it, or it cannot be written.
     """
-    with (folder / ".lock").open("w") as file:
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -126,11 +127,43 @@ def locked(folder: Path) -> Generator[None]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by ``text``; a reader sees the old or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # where the disk was full, its room is wanted back
+
+
+@contextmanager
+def write_errors(folder: Path) -> Generator[None]:
+    """Say of a full disk or a lack of permission where it is and what to do.
+
+    Raises:
+        RunFolderError: what was done inside could not write.
+    """
+    try:
+        yield
+    except FulltuneError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise RunFolderError(
+            f"`{folder}` cannot be written: {error}",
+            hint="free some space, or make it writable, then go on with `--resume`; "
+            "checkpoints are intact",
+        ) from None
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the files of a folder on the disk itself."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def replace_folder(temporary: Path, final: Path) -> None:
@@ -142,6 +175,20 @@ def replace_folder(temporary: Path, final: Path) -> None:
         shutil.rmtree(old)
     else:
         temporary.rename(final)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run was writing; whoever calls holds the lock."""
+    with write_errors(folder):
+        for path in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _is_leftover(path: Path) -> bool:
+    return path.name == LOCK or (path.name.startswith(f".{CONFIG}.") and path.suffix == ".tmp")
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
