@@ -34,7 +34,7 @@ def _parse_memory(value: object) -> str:
     try:
         return str(_UNITS.parse(value))
     except ValueError:
-        raise ValueError("write `auto` or a limit such as `20 GiB`") from None
+        raise ValueError("not a size; write `auto` or a limit such as `20 GiB`") from None
 
 
 MemorySetting = Annotated[str, BeforeValidator(_parse_memory)]
@@ -67,6 +67,7 @@ def plan_memory(
     available_bytes: int,
     longest: int,
     has_vocabulary_loss: bool,
+    has_lean_kernels: bool,
 ) -> MemoryPlan:
     """The largest micro-batch that fits.
 
@@ -81,6 +82,7 @@ def plan_memory(
         available_bytes: free memory of the device.
         longest: tokens of the longest example, which no micro-batch can be smaller than.
         has_vocabulary_loss: whether tokens are predicted.
+        has_lean_kernels: whether norms and gated products are formed again in the backward pass.
 
     Raises:
         MemoryPlanError: even the smallest micro-batch does not fit.
@@ -100,11 +102,13 @@ def plan_memory(
     )
     layers = int(text.num_hidden_layers)
     vocabulary = int(text.vocab_size) * width
-    # Inputs of norms and products, queries, keys, values, and three of the feed-forward part;
-    # float32 norms keep about two more hidden states.
-    per_token = layers * (
-        compute_bytes * (6 * width + head_width * heads + 2 * key_width + 3 * inner) + 8 * width
-    )
+    # Inputs of norms and products, queries, keys and values, and the parts of the feed-forward
+    # layer; without lean kernels also its product and two float32 copies for the norms.
+    kept = 5 * width + head_width * heads + 2 * key_width + 2 * inner
+    per_layer = compute_bytes * kept
+    if not has_lean_kernels:
+        per_layer += compute_bytes * (width + inner) + 8 * width
+    per_token = layers * per_layer
     masters = 4 * num_trained if compute_bytes < 4 else 0
     for tokens in MICRO_BATCH_TOKENS:
         held = max(tokens, longest)

@@ -39,8 +39,6 @@ class Family:
     """Whether it is a causal language model."""
     classify: Callable[[Any, Tensor], Any]
     """Applies the classification head to one vector per document, [D, H] -> [D, C]."""
-    predicts_next_token: bool = False
-    """Whether chat and text can be trained on it."""
     positions_after_padding: bool = False
     """Whether positions start at the padding id + 1, which shortens the context by as much."""
     config_values: Mapping[str, object] = field(default_factory=dict)
@@ -97,7 +95,6 @@ GPT = Family(
     ),
     can_generate=True,
     classify=_score,
-    predicts_next_token=True,
 )
 GPT_PACKED = replace(GPT, can_pack=True)
 

@@ -19,8 +19,10 @@ from typing import Any, Literal
 
 import jinja2
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -46,7 +48,15 @@ AUTO_CLASSES: dict[Head, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
 }
+POSSIBLE_SOURCES = (
+    "give a run folder, a model folder, a .gguf file, a Hub name OWNER/NAME, or asset:NAME "
+    "(`fulltune models` lists them)"
+)
 INFO_FILE = "fulltune.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.json", "vocab.txt"),
+)
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 UNLIMITED_CONTEXT = 1 << 20
 """Context of models without a longest length, such as XLNet; memory is their limit."""
@@ -68,10 +78,17 @@ def resolve_model(source: str) -> Path:
         AssetError: an asset or hub model cannot be had.
         ModelError: the folder or file is incomplete or corrupt.
     """
+    if not source.strip():
+        raise ModelError("`model` is empty", hint=POSSIBLE_SOURCES)
     if source.startswith(assets.PREFIX):
         asset = assets.find_asset(source)
         if asset.kind != "model":
-            raise AssetError(f"`{source}` is data, not a model", hint=asset.summary)
+            names = (
+                f"`{assets.PREFIX}{other.name}`"
+                for other in assets.list_assets()
+                if other.kind == "model"
+            )
+            raise AssetError(f"`{source}` is data, not a model", hint=f"models are {', '.join(names)}")
         folder = assets.fetch(source)
     elif source.lower().endswith(".gguf"):
         folder = _converted_gguf(Path(source).expanduser())
@@ -82,7 +99,7 @@ def resolve_model(source: str) -> Path:
     else:
         raise ModelError(
             f"`{source}` does not exist",
-            hint="give a model folder, a .gguf file, asset:NAME, or a hub name OWNER/NAME",
+            hint=POSSIBLE_SOURCES,
         )
     _check_folder(folder)
     return folder
@@ -94,13 +111,19 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: the folder has no tokenizer that can be read.
     """
+    needed = "the folder needs tokenizer.json and tokenizer_config.json"
     try:
+        if not any((path / name).is_file() for name in TOKENIZER_FILES):
+            raise ModelError(f"`{path}` has no tokenizer", hint=needed)
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = f"{_first_line(error)} is missing" if isinstance(error, KeyError) else str(error)
         raise ModelError(
-            f"`{path}` has no tokenizer that can be read: {_first_line(error)}",
-            hint="the folder needs tokenizer.json and tokenizer_config.json",
+            f"`{path}` has no tokenizer that can be read: {reason.strip().splitlines()[0]}",
+            hint=needed,
         ) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -139,7 +162,7 @@ def load_model(
         ModelError: weights are missing, or the model cannot do the task or fit its tokenizer.
     """
     tokenizer = load_tokenizer(path)
-    config = _load_config(path)
+    config = load_model_config(path)
     family = family_of(config)
     _check_vocabulary(config, tokenizer, path)
     if config.get_text_config().pad_token_id is None:
@@ -170,7 +193,10 @@ def load_model(
                 use_safetensors=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"`{path}` cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(
+            f"`{path}` cannot be loaded: {_first_line(error)}",
+            hint="do config.json and the weights belong together?",
+        ) from error
 
     model: PreTrainedModel = loaded
     fresh = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
@@ -242,18 +268,28 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
     if template in CHAT_TEMPLATES:
         text = CHAT_TEMPLATES[template]
     elif (path := Path(template).expanduser()).is_file():
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"chat template `{template}` cannot be read: {error}", hint="save it as UTF-8"
+            ) from None
     else:
         raise ConfigError(
             f"chat template `{template}` is neither built in nor a file",
-            hint=f"built in: {', '.join(CHAT_TEMPLATES)}",
+            hint=f"give the path of a Jinja file, or {' or '.join(f'`{n}`' for n in CHAT_TEMPLATES)}",
         )
     previous, tokenizer.chat_template = tokenizer.chat_template, text
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
     except jinja2.TemplateError as error:
         tokenizer.chat_template = previous
-        raise ConfigError(f"chat template `{template}` cannot be rendered: {error}") from error
+        line = getattr(error, "lineno", None)
+        raise ConfigError(
+            f"chat template {f'{template}:{line}' if line else f'`{template}`'} "
+            f"cannot be rendered: {error}",
+            hint="correct the template; it is Jinja, given `messages` and `add_generation_prompt`",
+        ) from error
     for marker in sorted(set(re.findall(r"<\|\w+\|>", text))):
         num_tokens = len(tokenizer.encode(marker, add_special_tokens=False))
         if num_tokens != 1:
@@ -262,7 +298,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
 
 def _converted_gguf(gguf_file: Path) -> Path:
     if not gguf_file.is_file():
-        raise ModelError(f"`{gguf_file}` does not exist")
+        raise ModelError(f"`{gguf_file}` does not exist", hint="give the path of a .gguf file")
     with gguf_file.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_dir() / "models" / f"{gguf_file.stem}-{digest[:12]}"
@@ -285,16 +321,18 @@ def _converted_gguf(gguf_file: Path) -> Path:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         with quiet_transformers():
             return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
+        offline = isinstance(error, LocalEntryNotFoundError)
+        reason = "it is offline or not reached" if offline else _first_line(error)
         raise AssetError(
-            f"`{name}` is no local folder, and the model hub did not give it: {_first_line(error)}",
-            hint="check the name and the network; without a hub, use a folder or "
-            f"{', '.join(a.name for a in assets.list_assets() if a.kind == 'model')} "
-            f"as {assets.PREFIX}NAME",
+            f"`{name}` does not exist here, and the model hub did not give it: {reason}",
+            hint="check the path or name, and the network; without a hub, use a folder or "
+            "asset:NAME (`fulltune models` lists them)",
         ) from error
 
 
@@ -337,12 +375,30 @@ def _weight_files(folder: Path) -> Iterable[Path]:
     return [folder / "model.safetensors"]
 
 
-def _load_config(path: Path) -> PretrainedConfig:
+def load_model_config(path: Path) -> PretrainedConfig:
+    """Load the config of a model folder.
+
+    Raises:
+        ModelError: it is not JSON, or of a model that this transformers does not know.
+    """
+    file = path / "config.json"
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"`{file}` cannot be read: {_first_line(error)}", hint="copy or download it again"
+        ) from error
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"`{file}` is of model type `{model_type}`, which transformers "
+            f"{transformers.__version__} does not know",
+            hint="is it a model of transformers' own? a newer one may need a newer transformers",
+        )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"`{path / 'config.json'}` cannot be used: {_first_line(error)}",
+            f"`{file}` cannot be used: {_first_line(error)}",
             hint="is the installed transformers new enough for this model?",
         ) from error
     return config
@@ -393,7 +449,10 @@ def _set_labels(
             )
         return False
     if len(set(labels)) != len(labels) or not labels:
-        raise ModelError(f"labels must be distinct and at least one, got {list(labels)}")
+        raise ModelError(
+            f"labels must be distinct and at least one, got {list(labels)}",
+            hint="check `task.labels`",
+        )
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
     # Regression and multi-label are other losses; a saved model must not be taken for one.

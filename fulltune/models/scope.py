@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def _check(text: str) -> str:
     if text in ("all", "head") or re.fullmatch(r"last [1-9][0-9]* layers?", text):
         return text
-    raise ValueError("write `all`, `head` or `last N layers`")
+    raise ValueError("no such choice; write `all`, `head` or `last N layers`")
 
 
 Scope = Annotated[str, AfterValidator(_check)]
@@ -36,7 +36,10 @@ def freeze(
     """
     count = int(scope.split()[1]) if scope.startswith("last") else 0
     if count > num_layers:
-        raise ConfigError(f"`scope` is `{scope}`, but the model has {num_layers} layers")
+        raise ConfigError(
+            f"`scope` is `{scope}`, but the model has {num_layers} layers",
+            hint=f"write at most `last {num_layers} layers`, or `all`",
+        )
     output = model.get_output_embeddings()
     head_weight = output.weight if output is not None else None
     for name, parameter in model.named_parameters():

@@ -36,6 +36,7 @@ from fulltune.evaluate.evaluator import (
 from fulltune.evaluate.metrics import check_metric
 from fulltune.memory.plan import MemoryPlan, MemorySetting, plan_memory
 from fulltune.models.families import layer_of, num_layers
+from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import load_model, save_model
 from fulltune.models.scope import Scope, freeze
 from fulltune.objectives.causal_lm import CausalLM
@@ -355,6 +356,7 @@ class Trainer:
             available_bytes=available,
             longest=int(self.prepared.dataset.lengths.max()),
             has_vocabulary_loss=self.objective.head == "causal_lm",
+            has_lean_kernels=bool(self.kernels),
         )
         self.display.stage(
             f"memory: about {format_bytes(plan.predicted_bytes)} predicted, "
@@ -425,6 +427,7 @@ class Trainer:
             world_size=self.runtime.world_size,
             micro_batch_tokens=self.plan.micro_batch_tokens,
             predicted_memory_bytes=self.plan.predicted_bytes,
+            kernels=self.kernels,
         )
         share = self.num_trained / self.num_parameters
         self.display.notice(

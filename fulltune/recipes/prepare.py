@@ -15,12 +15,18 @@ from fulltune.data.encoding import EncodedDataset, encode_dataset
 from fulltune.data.formats import make_example, recognise_format
 from fulltune.data.joined import JoinedDataset
 from fulltune.data.preview import Finding, PreviewFacts, check, examine
-from fulltune.data.records import read_records, source_fingerprint
+from fulltune.data.records import check_source, read_records, source_fingerprint
 from fulltune.data.splits import Source, parse_validation, split_dataset
 from fulltune.data.tasks import Example, TaskConfig
-from fulltune.errors import ConfigError, ModelError
+from fulltune.errors import ConfigError, DataError, ModelError
 from fulltune.models.families import family_of
-from fulltune.models.loading import context_length, load_tokenizer, resolve_model, set_chat_template
+from fulltune.models.loading import (
+    context_length,
+    load_model_config,
+    load_tokenizer,
+    resolve_model,
+    set_chat_template,
+)
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification
 from fulltune.runtime import cache_dir, num_cores
@@ -64,15 +70,38 @@ def open_base(model: str, task: TaskConfig) -> Base:
         ModelError: the folder is incomplete, or the model cannot do the task.
         AssetError: it could not be fetched.
     """
-    from transformers import AutoConfig
-
+    check_task(task)
     path = resolve_model(model)
+    config = load_model_config(path)
     tokenizer = load_tokenizer(path)
     if task.template is not None:
-        if task.kind != "chat":
-            raise ConfigError(f"`task.template` has no effect with `task.kind: {task.kind}`")
         set_chat_template(tokenizer, task.template)
-    return Base(path, AutoConfig.from_pretrained(path), tokenizer)
+    return Base(path, config, tokenizer)
+
+
+def check_task(task: TaskConfig) -> None:
+    """What is wrong without a look at the model or into the data, as it is quick to find.
+
+    Raises:
+        ConfigError: a setting has no effect, or says nothing.
+        DataError: a source is not there.
+    """
+    only = {"template": ("chat", task.template), "labels": ("classification", task.labels)}
+    for name, (kind, value) in only.items():
+        if value is not None and task.kind != kind:
+            raise ConfigError(
+                f"`task.{name}` has no effect with `task.kind: {task.kind}`", hint="leave it out"
+            )
+    if task.labels is not None and len(set(task.labels)) != max(2, len(task.labels)):
+        raise ConfigError(
+            f"`task.labels` cannot be `[{', '.join(task.labels)}]`: it needs two or more, all different",
+            hint="leave it out to take the labels of the training data",
+        )
+    for source in (task.train,) if isinstance(task.train, str) else task.train:
+        check_source(source)
+    wanted = parse_validation(task.validation) if task.validation is not None else None
+    if isinstance(wanted, Source):
+        check_source(wanted.source)
 
 
 def make_objective(
@@ -87,13 +116,16 @@ def make_objective(
     context = context_length(base.config)
     if task.max_length is not None and task.max_length > context:
         raise ConfigError(
-            f"`task.max_length` is {task.max_length:,}, but the model's context is {context:,} tokens"
+            f"`task.max_length` is {task.max_length:,}, but the model's context is {context:,} tokens",
+            hint=f"give at most {context}, or null for all of it",
         )
     family = family_of(base.config)
     max_length = task.max_length or context
     if task.kind == "classification":
         if z_loss:
-            raise ConfigError("`z_loss` has no effect with `task.kind: classification`")
+            raise ConfigError(
+                "`z_loss` has no effect with `task.kind: classification`", hint="leave it out"
+            )
         return Classification(
             base.tokenizer,
             tuple(task.labels or ()),
@@ -103,7 +135,7 @@ def make_objective(
             packing=family.can_pack,
             label_smoothing=label_smoothing,
         )
-    if not family.predicts_next_token:
+    if not family.can_generate:
         raise ModelError(
             f"a model of type `{base.config.model_type}` does not predict the next token, so it "
             f"cannot do `task.kind: {task.kind}`",
@@ -164,6 +196,8 @@ def prepare(
         present = set(dataset.labels[train].tolist()) - {-1}
         names = [name for code, name in enumerate(dataset.label_names) if code in present]
         objective = replace(objective, labels=tuple(names))
+    elif isinstance(objective, Classification):
+        _check_labels(objective.labels, dataset)
     splits = {"train": train}
     if task.validation is not None:
         splits["validation"] = validation
@@ -172,6 +206,19 @@ def prepare(
     return Prepared(
         objective, dataset, train, validation, facts, check(facts), tuple(notes), sources
     )
+
+
+def _check_labels(labels: Sequence[str], dataset: JoinedDataset) -> None:
+    """Labels that are given must be all that the data has."""
+    unknown = [code for code, name in enumerate(dataset.label_names) if name not in labels]
+    rows = np.flatnonzero(np.isin(dataset.labels, unknown))
+    if len(rows):
+        name = dataset.label_names[int(dataset.labels[rows[0]])]
+        raise DataError(
+            f"{dataset.where(int(rows[0]))}: label `{name}` is not one of the labels "
+            + ", ".join(f"`{label}`" for label in labels),
+            hint="correct the label, or name it in `task.labels`",
+        )
 
 
 def find_examples(
