@@ -288,6 +288,7 @@ class Trainer:
         depth = num_layers(self.model.config)
         freeze(self.model, config.scope, layer_of=layers, num_layers=depth)
         self.masters = MasterWeights(self.model, precision.dtype)
+        self.kernels = install_fast_kernels(self.model)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         self.num_trained = sum(tensor.numel() for tensor in self.masters.tensors())
         if not self.num_trained:
