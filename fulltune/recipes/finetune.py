@@ -563,11 +563,14 @@ class Trainer:
         # Every rank measured all of it; where their last bits differ, they still stop together.
         metrics = from_main_rank(self.runtime, metrics)
         self.last_metrics = metrics
-        self.tracker.write("evaluation", step=step, split="validation", **metrics)
-        self.display.evaluation(step, {"split": "validation", **metrics})
-        if self.config.task.validation is None:
+        judged = self.config.task.validation is not None
+        is_best = judged and self.best.update(step, metrics)
+        values = {"split": "validation", **metrics, "best": is_best}
+        self.tracker.write("evaluation", step=step, **values)
+        self.display.evaluation(step, values)
+        if not judged:
             return False
-        if self.best.update(step, metrics) and step > 0:
+        if is_best and step > 0:
             on_main_rank(self.runtime, lambda: self._save_best(step))
         if self.best.should_stop:
             self.tracker.write(

@@ -16,7 +16,6 @@ from fulltune.tracking.numbers import (
     format_bytes,
     format_duration,
     format_number,
-    is_better,
     printable,
 )
 from fulltune.tracking.sinks import Tracker, TrackingConfig
@@ -31,7 +30,6 @@ __all__ = [
     "format_bytes",
     "format_duration",
     "format_number",
-    "is_better",
     "make_display",
     "printable",
     "read_metrics",

@@ -25,7 +25,6 @@ from fulltune.tracking.numbers import (
     format_bytes,
     format_duration,
     format_number,
-    is_better,
     printable,
     sparkline,
 )
@@ -85,7 +84,7 @@ class Display(Protocol):
         """Show the values of a `step` event."""
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show the values of an `evaluation` event."""
+        """Show the values of an `evaluation` event, `best` among them where it is the best so far."""
 
     def notice(self, text: str) -> None:
         """Show one line that should be seen: a checkpoint saved, a spike, a resume."""
@@ -104,13 +103,13 @@ def make_display(
         num_steps: steps of the whole run; None where it is set later, once the data is counted.
         console: None for stderr.
         title: name of the run.
-        metric: the evaluation's metric that decides which step was best.
+        metric: the evaluation's metric that decides which step is best.
     """
     console = console or stderr_console()
     can_draw = console.is_terminal and not console.is_dumb_terminal
     if can_draw and console.encoding.lower().startswith("utf"):
         return LiveDisplay(num_steps, console, title=title, metric=metric)
-    return PlainDisplay(num_steps, console, metric=metric)
+    return PlainDisplay(num_steps, console)
 
 
 class _Progress:
@@ -136,11 +135,9 @@ class _Progress:
 class PlainDisplay:
     """One line for each thing said, without control characters: for files, pipes and pagers."""
 
-    def __init__(self, num_steps: int | None, console: Console, *, metric: str = "loss") -> None:
+    def __init__(self, num_steps: int | None, console: Console) -> None:
         self.num_steps = num_steps
         self._console = console
-        self._metric = metric
-        self._best: float | None = None
         self._progress = _Progress()
         self._last_progress = -math.inf
 
@@ -181,11 +178,7 @@ class PlainDisplay:
         width = len(str(self.num_steps or 99999))
         parts = [f"eval {step:>{width}}", str(values.get("split", "validation"))]
         parts += [f"{name} {format_number(value)}" for name, value in _metrics(values).items()]
-        value = values.get(self._metric)
-        if isinstance(value, (int, float)) and (
-            self._best is None or is_better(value, self._best, self._metric)
-        ):
-            self._best = value
+        if values.get("best"):
             parts.append("(best)")
         self._print("  ".join(parts))
 
@@ -271,7 +264,7 @@ class LiveDisplay:
                 return
             if self._first is None:
                 self._first = (step, value)
-            if self._best is None or is_better(value, self._best[1], self._metric):
+            if values.get("best"):
                 self._best = (step, value)
 
     def notice(self, text: str) -> None:

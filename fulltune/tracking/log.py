@@ -90,7 +90,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         content = path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(
-            f"`{path}` does not exist, so there are no metrics to read.",
+            f"`{path}` does not exist, so there are no metrics to read",
             hint="give the folder of a run that has made at least one step",
         ) from error
     lines = content.split(b"\n")
@@ -103,7 +103,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             events.append(event)
         elif number < len(lines):  # A line that ends in a newline was written whole.
             raise DataError(
-                f"{path}:{number} is not an event: a JSON object with a text `event` was expected.",
+                f"{path}:{number} is not an event: a JSON object with a text `event` was expected",
                 hint="the file was changed after the run wrote it; remove that line to read on",
             )
     return events
@@ -191,6 +191,6 @@ def _named_write_errors(path: Path) -> Iterator[None]:
         if isinstance(error, RunFolderError):
             raise
         raise RunFolderError(
-            f"`{path}` cannot be written: {error.strerror or error}.",
+            f"`{path}` cannot be written: {error.strerror or error}",
             hint="free space on that disk, or choose another `run_dir`",
         ) from error

@@ -1,12 +1,8 @@
-"""Numbers as people write them, and which of two is better."""
+"""Numbers as people write them."""
 
 from __future__ import annotations
 
 import math
-
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "retention_loss"})
-"""Metrics that fall as a model gets better; every other metric rises."""
-
 
 def format_bytes(num_bytes: float) -> str:
     """Memory in the units of a system monitor: `1.9 GiB`, `412 MiB`."""
@@ -54,11 +50,6 @@ def sparkline(values: list[float], width: int) -> str:
         bars[round((value - low) / spread * (len(bars) - 1))] if math.isfinite(value) else "x"
         for value in shown
     )
-
-
-def is_better(value: float, best: float, metric: str) -> bool:
-    """Whether `value` of `metric` beats `best`."""
-    return value < best if metric in LOWER_IS_BETTER else value > best
 
 
 def printable(text: str) -> str:

@@ -110,7 +110,7 @@ def _import_extra(module: str, sink: SinkName) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"the settings send metrics to `{sink}`, whose package is not installed.",
+            f"the settings send metrics to `{sink}`, whose package is not installed",
             hint=f"pip install 'fulltune[{extra}]'",
         ) from error
 
