@@ -143,7 +143,7 @@ def runs_of(tokens: Sequence[TokenView], *, limit: int) -> list[Run]:
 # -- facts as rows ---------------------------------------------------------------------------------
 
 
-def _rows(facts: PreviewFacts) -> list[tuple[str, list[str]]]:
+def rows_of(facts: PreviewFacts) -> list[tuple[str, list[str]]]:
     """Name and one value for each split, in the order of reading."""
     splits = facts.splits
     by_label = facts.supervision == "labels"
@@ -188,7 +188,7 @@ def _rows(facts: PreviewFacts) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def _label_rows(facts: PreviewFacts) -> tuple[list[tuple[str, list[str]]], int]:
+def label_rows_of(facts: PreviewFacts) -> tuple[list[tuple[str, list[str]]], int]:
     """Labels with their counts, the most frequent first, and how many are not shown."""
     counts = [split.labels.counts if split.labels else {} for split in facts.splits]
     totals: dict[str, int] = {}
@@ -246,8 +246,8 @@ def render_terminal(
 ) -> None:
     """Print the preview. Without colours, brackets stand for them."""
     marked = console.no_color or not console.is_terminal
-    console.print(_table("", facts, _rows(facts)))
-    label_rows, num_more = _label_rows(facts)
+    console.print(_table("", facts, rows_of(facts)))
+    label_rows, num_more = label_rows_of(facts)
     if label_rows:
         console.print(_table("label", facts, label_rows))
     if num_more:
@@ -321,7 +321,7 @@ _PAGE_RUN = 600
 
 
 @dataclass(frozen=True, slots=True)
-class _Column:
+class Column:
     """A bar of the drawn histogram, in units of its view box."""
 
     x: float
@@ -339,7 +339,7 @@ def render_html(
     title: str = "What is trained on",
 ) -> str:
     """The preview as one page that needs nothing else: light and dark, on a phone too."""
-    label_rows, num_more_labels = _label_rows(facts)
+    label_rows, num_more_labels = label_rows_of(facts)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fulltune.data", "templates"),
         autoescape=True,
@@ -351,17 +351,17 @@ def render_html(
         title=title,
         facts=facts,
         findings=findings,
-        rows=_rows(facts),
+        rows=rows_of(facts),
         label_rows=label_rows,
         num_more_labels=num_more_labels,
-        histograms=[(split, _columns(split)) for split in facts.splits if split.lengths],
+        histograms=[(split, length_columns(split)) for split in facts.splits if split.lengths],
         samples=[(sample, runs_of(sample.tokens, limit=_PAGE_RUN)) for sample in samples],
         states=[(state, MEANINGS[state]) for state in _states(samples)],
         visible=visible,
     )
 
 
-def _columns(split: SplitFacts) -> list[_Column]:
+def length_columns(split: SplitFacts) -> list[Column]:
     """Bars within a box of 480 by 120; an example or more is always a visible bar."""
     assert split.lengths is not None
     bars = split.lengths.histogram
@@ -377,7 +377,7 @@ def _columns(split: SplitFacts) -> list[_Column]:
             else f"{bar.low:,} tokens"
         )
         columns.append(
-            _Column(
+            Column(
                 x=round(number * step + 0.5, 2),
                 y=round(120 - height, 2),
                 width=round(step - 1, 2),

@@ -26,7 +26,7 @@ def render_model_card(manifest: Mapping[str, Any]) -> str:
     """The `README.md` of a model folder, in the Hugging Face layout with YAML front matter.
 
     Args:
-        manifest: of the run. Used where present: `name`, `base_model`, `base_model_sha256`,
+        manifest: of the run. Used where present: `name`, `base_model`, `base_model_hash`,
             `licence`, `task`, `data`, `settings`, `results`, `versions`, `machine`,
             `duration_seconds`, `num_parameters`, `num_trained_parameters`, `weight_change`.
     """
@@ -44,8 +44,8 @@ def render_model_card(manifest: Mapping[str, Any]) -> str:
         rows = [
             (
                 f"`{_line(source.get('source', ''))}`",
-                _value(source.get("rows", "")),
-                f"`{_line(source.get('sha256', ''))}`" if source.get("sha256") else "",
+                _value(source.get("rows")),
+                f"`{_line(source['fingerprint'])}`" if source.get("fingerprint") else "",
             )
             for source in manifest["data"]
         ]
@@ -113,8 +113,8 @@ def _opening(manifest: Mapping[str, Any], task: str) -> str:
 
 def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
-    if manifest.get("base_model_sha256"):
-        rows.append(("base model sha256", f"`{_line(manifest['base_model_sha256'])}`"))
+    for file, digest in (manifest.get("base_model_hash") or {}).items():
+        rows.append((f"sha256 of `{_line(file)}`", f"`{_line(digest)}`"))
     if manifest.get("git_commit"):
         rows.append(("git commit", f"`{_line(manifest['git_commit'])}`"))
     if manifest.get("duration_seconds"):

@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from fulltune.data.preview import PreviewFacts
+from fulltune.data.preview_view import NUM_LABELS, length_columns, rows_of, visible
 from fulltune.errors import RunFolderError
 from fulltune.report.charts import (
     NUM_COLOURS,
@@ -52,6 +54,19 @@ _EVENT_WORDS = {
     "note": "note",
 }
 
+_NAMES = {
+    "macro_f1": "macro F1",
+    "weighted_f1": "weighted F1",
+    "matthews": "Matthews correlation",
+    "lr": "learning rate",
+    "cpu": "CPU",
+    "gpu": "GPU",
+    "git_commit": "git commit",
+}
+
+NUM_NAMED = 8
+"""Rows named of those that a spike or a value that is not finite came from."""
+
 
 def write_report(runs: Sequence[Path], output: Path) -> Path:
     """Write one HTML page about one run, or comparing several.
@@ -68,10 +83,10 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
         DataError: a run has no metrics, or a file in it was changed.
     """
     if not runs:
-        raise RunFolderError("no run was given.", hint="give the folder of at least one run")
+        raise RunFolderError("no run was given", hint="give the folder of at least one run")
     records = [read_run(run) for run in runs]
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=ChoiceLoader([PackageLoader("fulltune.report"), PackageLoader("fulltune.data")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -88,7 +103,7 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
         temporary.replace(output)
     except OSError as error:
         raise RunFolderError(
-            f"`{output}` cannot be written: {error.strerror or error}.",
+            f"`{output}` cannot be written: {error.strerror or error}",
             hint="choose another place with `--output`",
         ) from error
     return output
@@ -99,14 +114,18 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
 
 def describe_run(run: RunRecord) -> dict[str, Any]:
     """What the page of one run shows, ready for its template."""
-    warnings = run.data.get("warnings", [])
-    facts, splits, label_charts = _data_facts(run.data)
+    facts, findings = (run.data.facts, run.data.findings) if run.data else (None, ())
+    memory, memory_chart = _memory(run)
+    labelled = facts is not None and any(split.labels for split in facts.splits)
     return {
         "title": run.name,
         "headline": _headline(run),
+        "sentence": _sentence(run),
         "status": run.status,
         "tiles": _tiles(run),
-        "results": _results(run.courses()),
+        "caution": _caution(run),
+        "results": _results(run),
+        "kept_step": run.kept_step,
         "charts": _run_charts(run),
         "mark_keys": list(dict.fromkeys((mark.kind, mark.label) for mark in _marks(run))),
         "events": _events(run),
@@ -114,10 +133,19 @@ def describe_run(run: RunRecord) -> dict[str, Any]:
         "confusion": _confusion(run.predictions),
         "per_class": _per_class(run.predictions),
         "weight_change": _weight_change(run.manifest),
-        "warnings": [str(warning) for warning in warnings] if isinstance(warnings, list) else [],
-        "facts": facts,
-        "splits": splits,
-        "label_charts": label_charts,
+        "memory": memory,
+        "memory_chart": memory_chart,
+        "warnings": [finding for finding in findings if finding.level != "note"],
+        "notes": [finding for finding in findings if finding.level == "note"],
+        "split_names": [split.name for split in facts.splits] if facts else [],
+        "fact_rows": rows_of(facts) if facts else [],
+        "histograms": [
+            (split, length_columns(split))
+            for split in (facts.splits if facts else ())
+            if split.lengths
+        ],
+        "label_charts": _label_charts(facts) if facts and labelled else [],
+        "visible": visible,
         "settings": [(key, _setting(value)) for key, value in flatten(run.config)],
         "model_card": render_markdown(run.model_card) if run.model_card else "",
         "provenance": _provenance(run.manifest),
@@ -126,47 +154,88 @@ def describe_run(run: RunRecord) -> dict[str, Any]:
 
 def _headline(run: RunRecord) -> str:
     model = run.manifest.get("base_model") or run.start.get("model") or run.config.get("model")
-    task = run.manifest.get("task")
-    settings = run.config.get("task")
-    if task is None and isinstance(settings, Mapping):
-        task = settings.get("kind")
-    return " · ".join(str(part) for part in (model, task) if part)
+    return " · ".join(str(part) for part in (model, run.task) if part)
+
+
+def _sentence(run: RunRecord) -> str:
+    """What was trained, on what, in one sentence."""
+    total, trained = run.start.get("num_parameters"), run.start.get("num_trained_parameters")
+    if not total or not trained:
+        return ""
+    share = f"All {total:,} parameters" if trained == total else (
+        f"{trained:,} of {total:,} parameters ({trained / total:.1%})"
+    )  # fmt: skip
+    task = run.config.get("task")
+    train = task.get("train") if isinstance(task, Mapping) else None
+    on = f" on {_setting(train)}" if train else ""
+    splits = run.data.facts.splits if run.data else ()
+    examples = [f"{split.num_examples:,} {split.name}" for split in splits]
+    counted = f" ({', '.join(examples)} examples)" if examples else ""
+    return f"{share} trained{on}{counted}, in {run.start.get('precision', 'unknown')} arithmetic."
+
+
+def _caution(run: RunRecord) -> str:
+    """What a reader of the results must not miss."""
+    course = run.main_course()
+    if course is not None and run.best_step == 0 and len(course.points) > 1:
+        return (
+            f"No evaluation was better than the model before training, judged by "
+            f"{course.split} {_words(course.metric)}. The weights are those of the last step."
+        )
+    return ""
 
 
 def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
     """The few numbers at the top: name, value, and what stands under it."""
     tiles: list[tuple[str, str, str]] = []
-    course = run.main_course()
-    if course is not None:
-        (_, first), (step, best) = course.first, course.best
-        name = f"best {course.split} {_words(course.metric)}"
-        under = f"at step {step:,}"
-        if len(course.points) > 1:
-            under = f"from {_metric_value(course.metric, first)} · {under}"
-        tiles.append((name, _metric_value(course.metric, best), under))
+    judged = run.main_course()
+    shown = [judged] if judged is not None else []
+    shown += [
+        course
+        for course in run.courses()
+        if judged is not None and course.metric == "accuracy" != judged.metric
+    ]
+    for course in shown:
+        value = course.at(run.kept_step)
+        if value is None:
+            continue
+        under = f"at step {run.kept_step:,}"
+        if len(course.points) > 1 and course.first[0] != run.kept_step:
+            before = "before training" if course.first[0] == 0 else f"at step {course.first[0]:,}"
+            under = f"{_metric_value(course.metric, course.first[1])} {before}"
+        name = f"{course.split} {_words(course.metric)}"
+        tiles.append((name, _metric_value(course.metric, value), under))
     losses = run.values("loss")
     if losses:
         first_loss, last_loss = losses[0][1], losses[-1][1]
         tiles.append(
-            ("training loss", format_number(last_loss), f"from {format_number(first_loss)}")
+            ("training loss", format_number(last_loss), f"{format_number(first_loss)} at first")
         )
     num_steps = run.start.get("num_steps")
     planned = f"of {num_steps:,} steps" if isinstance(num_steps, int) else "steps"
-    tiles.append(("trained", f"{run.last_step:,}", planned))
     tokens = sum(int(event.get("num_tokens") or 0) for event in run.steps())
+    seen = f", {_large(tokens)} tokens" if tokens else ""
+    tiles.append(("trained", f"{run.last_step:,}", f"{planned}{seen}"))
     duration = run.duration_seconds
     if duration:
-        under = f"{tokens / duration:,.0f} tokens per second" if tokens else ""
+        stepping = sum(float(event.get("seconds") or 0.0) for event in run.steps())
+        under = f"{tokens / stepping:,.0f} tokens per second" if tokens and stepping else ""
         tiles.append(("time", format_duration(duration), under))
-    if tokens:
-        tiles.append(("tokens seen", _large(tokens), f"{tokens:,}"))
-    memory = [value for _, value in run.values("memory_bytes") if math.isfinite(value)]
+    memory = _peak_memory(run)
     if memory:
-        tiles.append(("memory", format_bytes(max(memory)), "at most"))
+        predicted = run.start.get("predicted_memory_bytes")
+        under = f"at most; {format_bytes(predicted)} predicted" if predicted else "at most"
+        tiles.append(("memory", format_bytes(memory), under))
     machine = _machine(run)
     if machine:
         tiles.append(("machine", machine[0], machine[1]))
     return tiles
+
+
+def _peak_memory(run: RunRecord) -> float:
+    recorded = (run.manifest.get("memory") or {}).get("peak_bytes")
+    values = [value for _, value in run.values("memory_bytes") if math.isfinite(value)]
+    return float(recorded or max(values, default=0.0))
 
 
 def _machine(run: RunRecord) -> tuple[str, str] | None:
@@ -181,18 +250,19 @@ def _machine(run: RunRecord) -> tuple[str, str] | None:
     return (name, " · ".join(part for part in (cores, size) if part)) if name else None
 
 
-def _results(courses: Sequence[MetricCourse]) -> list[tuple[str, ...]]:
+def _results(run: RunRecord) -> list[tuple[str, ...]]:
+    """Name of each metric, then its value before training, of the kept weights, and at the end."""
+    judged = run.main_course()
     rows: list[tuple[str, ...]] = []
-    for course in courses:
-        metric = course.metric
+    for course in run.courses():
+        kept = course.at(run.kept_step)
+        name = f"{course.split} {_words(course.metric)}"
+        if judged is not None and course.metric == judged.metric:
+            name += " (decides which weights are kept)"
+        before = course.first[1] if course.first[0] == 0 else None
+        cells = (before, kept, course.last[1])
         rows.append(
-            (
-                f"{course.split} {_words(metric)}",
-                _metric_value(metric, course.first[1]),
-                _metric_value(metric, course.best[1]),
-                f"{course.best[0]:,}",
-                _metric_value(metric, course.last[1]),
-            )
+            (name, *("–" if cell is None else _metric_value(course.metric, cell) for cell in cells))
         )
     return rows
 
@@ -281,9 +351,9 @@ def _marks(run: RunRecord) -> list[Mark]:
             style = "spike" if kind == "nonfinite" else kind
             marks.append(Mark(event["step"], _EVENT_WORDS[kind], style))
     course = run.main_course()
-    if course is not None and len(course.points) > 1:
+    if course is not None and len(course.points) > 1 and run.best_step is not None:
         label = f"best {course.split} {_words(course.metric)}"
-        marks.append(Mark(course.best[0], label, "best"))
+        marks.append(Mark(run.best_step, label, "best"))
     return marks
 
 
@@ -295,13 +365,19 @@ def _events(run: RunRecord) -> list[tuple[str, str, str, str]]:
         if kind not in _EVENT_WORDS:
             continue
         details = [
-            f"{_words(key)}: {_setting(value)}" if key not in ("text", "message") else str(value)
+            f"{_words(key)}: {_detail(value)}" if key not in ("text", "message") else str(value)
             for key, value in event.items()
             if key not in ("event", "time", "step")
         ]
         style = "spike" if kind == "nonfinite" else kind
         rows.append((style, f"{event.get('step', '')}", _EVENT_WORDS[kind], " · ".join(details)))
     return rows
+
+
+def _detail(value: object) -> str:
+    if isinstance(value, list) and len(value) > NUM_NAMED:
+        return f"{_setting(value[:NUM_NAMED])} and {len(value) - NUM_NAMED:,} more"
+    return format_number(value) if isinstance(value, float) else _setting(value)
 
 
 def _confusion(predictions: Mapping[str, Any]) -> Markup:
@@ -331,54 +407,55 @@ def _weight_change(manifest: Mapping[str, Any]) -> Markup:
     return Markup(bar_chart(bars, title="Relative change per layer group", show=_percent))
 
 
-def _data_facts(
-    data: Mapping[str, Any],
-) -> tuple[list[tuple[str, str]], dict[str, list[tuple[str, str]]], list[tuple[str, Markup]]]:
-    """Facts of the whole data, facts per split, and a bar chart for every count of labels."""
-    facts: list[tuple[str, str]] = []
-    splits: dict[str, list[tuple[str, str]]] = {}
-    charts: list[tuple[str, Markup]] = []
+def _label_charts(facts: PreviewFacts) -> list[tuple[str, Markup]]:
+    """A bar chart of the labels' counts for every split that has labels."""
+    charts = []
+    for split in facts.splits:
+        counts = split.labels.counts if split.labels else {}
+        bars = sorted(((visible(name), float(count)) for name, count in counts.items()), key=_least)
+        title = f"{split.name}: examples by label"
+        if len(bars) > NUM_LABELS:
+            title += f", the {NUM_LABELS} most frequent of {len(bars):,}"
+        chart = bar_chart(bars[:NUM_LABELS], title=title, show=_count)
+        if chart:
+            charts.append((title, Markup(chart)))
+    return charts
 
-    def add(where: list[tuple[str, str]], name: str, key: str, value: object) -> None:
-        if isinstance(value, Mapping) and value:
-            if "label" in key and all(isinstance(count, (int, float)) for count in value.values()):
-                bars = [(str(label), float(count)) for label, count in value.items()]
-                title = f"{name} {_words(key)}".strip()
-                charts.append((title, Markup(bar_chart(bars, title=title, show=_count))))
-                return
-            where.extend((_words(inner), _fact(inner, item)) for inner, item in flatten(value))
-        elif isinstance(value, list):
-            where.append((_words(key), ", ".join(str(item) for item in value[:20])))
-        else:
-            where.append((_words(key), _fact(key, value)))
 
-    for key, value in data.items():
-        if key == "warnings":
-            continue
-        if isinstance(value, Mapping) and "label" not in key:
-            rows = splits.setdefault(_words(key), [])
-            for inner, item in value.items():
-                add(rows, _words(key), inner, item)
-        else:
-            add(facts, "", key, value)
-    return facts, {name: rows for name, rows in splits.items() if rows}, charts
+def _least(bar: tuple[str, float]) -> float:
+    return -bar[1]
+
+
+def _memory(run: RunRecord) -> tuple[str, Markup]:
+    """What was predicted before the first step beside what was measured after the third."""
+    event = next((event for event in run.events if event["event"] == "memory"), None)
+    if event is None:
+        return "", Markup("")
+    measured, predicted = float(event["measured_bytes"]), float(event["predicted_bytes"])
+    sentence = (
+        f"{format_bytes(predicted)} predicted before the first step, {format_bytes(measured)} "
+        f"measured after step {event['step']} ({float(event['error']):+.0%})"
+    )
+    bars = [("measured", measured), ("predicted", predicted)]
+    bars += [(f"· {_words(part)}", float(size)) for part, size in event["parts"].items()]
+    chart = bar_chart(bars, title="Memory, predicted and measured", show=format_bytes)
+    return sentence, Markup(chart)
 
 
 def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
-    for key in ("base_model", "base_model_sha256", "licence", "git_commit"):
+    for key in ("base_model", "licence", "git_commit"):
         if manifest.get(key):
             rows.append((_words(key), str(manifest[key])))
+    for file, digest in (manifest.get("base_model_hash") or {}).items():
+        rows.append((str(file), f"sha256 {digest}"))
     for source in manifest.get("data") or ():
-        parts = [f"{_count(source['rows'])} rows"] if "rows" in source else []
-        parts += [f"sha256 {source['sha256']}"] if source.get("sha256") else []
-        rows.append((str(source.get("source", "data")), " · ".join(parts)))
+        parts = [f"{_count(source['rows'])} rows"] if source.get("rows") else []
+        parts += [f"sha256 {source['fingerprint']}"] if source.get("fingerprint") else []
+        rows.append((f"data {source['source']}", " · ".join(parts)))
     for section in ("machine", "versions"):
-        content = manifest.get(section)
-        if isinstance(content, Mapping):
-            rows += [(_words(key), _fact(key, value)) for key, value in content.items()]
-        elif content:
-            rows.append((section, str(content)))
+        for key, value in (manifest.get(section) or {}).items():
+            rows.append((_words(str(key).removesuffix("_bytes")), _fact(key, value)))
     return rows
 
 
@@ -420,14 +497,20 @@ def describe_comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
     rows: list[tuple[str, list[str]]] = []
     for split, metric in keys:
         cells = []
-        for of_run in courses:
+        for run, of_run in zip(runs, courses, strict=True):
             course = of_run.get((split, metric))
             if course is None:
                 cells.append("–")
-            else:
-                step, best = course.best
-                cells.append(f"{_metric_value(metric, best)} at step {step:,}")
-        rows.append((f"best {split} {_words(metric)}", cells))
+                continue
+            value = course.at(run.kept_step)
+            cells.append("–" if value is None else _metric_value(metric, value))
+        rows.append((f"{split} {_words(metric)}", cells))
+    rows.append(
+        (
+            "weights kept, of step",
+            [f"{run.kept_step:,}" if run.kept_step is not None else "–" for run in runs],
+        )
+    )
     rows += _run_rows(runs)
     flat = [{key: _setting(value) for key, value in flatten(run.config)} for run in runs]
     differing = [
@@ -452,8 +535,8 @@ def _run_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         return name, [value(run) for run in runs]
 
     def memory(run: RunRecord) -> str:
-        values = [value for _, value in run.values("memory_bytes") if math.isfinite(value)]
-        return format_bytes(max(values)) if values else "–"
+        peak = _peak_memory(run)
+        return format_bytes(peak) if peak else "–"
 
     return [
         row("steps", lambda run: f"{run.last_step:,}"),
@@ -530,7 +613,7 @@ def _title(text: str) -> str:
 
 
 def _words(key: str) -> str:
-    return str(key).replace("_", " ").replace(".", " ")
+    return _NAMES.get(key) or str(key).replace("_", " ").replace(".", " ")
 
 
 def _fact(key: str, value: object) -> str:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict
 
+from fulltune.data.preview import Finding, PreviewFacts
+from fulltune.data.tasks import TASKS
 from fulltune.errors import DataError, RunFolderError
-from fulltune.tracking import is_better, read_metrics
+from fulltune.tracking import read_metrics
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,9 @@ class MetricCourse:
         """Step and value of the last evaluation."""
         return self.points[-1]
 
-    @property
-    def best(self) -> tuple[int, float]:
-        """Step and value of the best evaluation, the earlier of equals."""
-        best = self.points[0]
-        for point in self.points[1:]:
-            # A value that is NaN loses to any other.
-            if is_better(point[1], best[1], self.metric) or best[1] != best[1]:
-                best = point
-        return best
+    def at(self, step: int | None) -> float | None:
+        """The value at a step; None where the metric was not measured then."""
+        return dict(self.points).get(step) if step is not None else None
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,17 @@ class SamplePair:
     before: str
     last_step: int | None
     after: str | None
+    reference: str | None
+    """The answer that the data gives."""
+
+
+class DataReport(BaseModel):
+    """What `data.json` holds: the preview of what was trained on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    facts: PreviewFacts
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class RunRecord:
     events: tuple[Mapping[str, Any], ...]
     config: Mapping[str, Any]
     manifest: Mapping[str, Any]
-    data: Mapping[str, Any]
+    data: DataReport | None
     samples: tuple[SamplePair, ...]
     predictions: Mapping[str, Any]
     model_card: str
@@ -127,18 +135,41 @@ class RunRecord:
             for (split, metric), course in points.items()
         ]
 
+    @property
+    def task(self) -> str:
+        """The task's kind, or nothing where the folder does not say."""
+        settings = self.config.get("task")
+        kind = settings.get("kind") if isinstance(settings, Mapping) else None
+        return str(self.manifest.get("task") or kind or "")
+
+    @property
+    def best_step(self) -> int | None:
+        """The evaluation that was the best; 0 is the model before training."""
+        best = [
+            int(event["step"])
+            for event in self.events
+            if event["event"] == "evaluation" and event.get("best")
+        ]
+        return best[-1] if best else None
+
+    @property
+    def kept_step(self) -> int | None:
+        """The evaluation of the weights that the run exports, or would if it ended here.
+
+        The best; the last one where nothing was better than the model before training.
+        """
+        steps = [int(event["step"]) for event in self.events if event["event"] == "evaluation"]
+        return self.best_step or (steps[-1] if steps else None)
+
     def main_course(self) -> MetricCourse | None:
-        """The metric that the run is judged by: the one of its settings, else the first."""
+        """The metric that the run is judged by: the one of its settings, else the task's first."""
         courses = self.courses()
         evaluate = self.config.get("evaluate")
         wanted = evaluate.get("metric") if isinstance(evaluate, Mapping) else None
-        if wanted is None and any(course.metric == "accuracy" for course in courses):
-            wanted = "accuracy"
-        for metric in (wanted, "loss"):
-            for course in courses:
-                if course.metric == metric:
-                    return course
-        return courses[0] if courses else None
+        if wanted is None and self.task in TASKS:
+            wanted = TASKS[self.task].metrics[0]
+        judged = (course for course in courses if course.metric == wanted)
+        return next(judged, courses[0] if courses else None)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -150,18 +181,18 @@ def read_run(folder: Path) -> RunRecord:
     """
     if not folder.is_dir():
         raise RunFolderError(
-            f"`{folder}` is not a folder.",
+            f"`{folder}` is not a folder",
             hint="give the folder of a run, such as `runs/NAME`",
         )
     if not any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml")):
         raise RunFolderError(
-            f"`{folder}` is not a run folder: it has neither `metrics.jsonl` nor `config.yaml`.",
+            f"`{folder}` is not a run folder: it has neither `metrics.jsonl` nor `config.yaml`",
             hint="give the folder that `run_dir` named when the run was started",
         )
     events = read_metrics(folder / "metrics.jsonl")
     if not events:
         raise DataError(
-            f"`{folder / 'metrics.jsonl'}` holds no event, so there is nothing to report.",
+            f"`{folder / 'metrics.jsonl'}` holds no event, so there is nothing to report",
             hint="let the run make at least one step",
         )
     card = folder / "model" / "README.md"
@@ -171,11 +202,23 @@ def read_run(folder: Path) -> RunRecord:
         events=tuple(events),
         config=_read_mapping(folder / "config.yaml"),
         manifest=_read_mapping(folder / "manifest.json"),
-        data=_read_mapping(folder / "data.json"),
+        data=_read_data(folder / "data.json"),
         samples=_pair_samples(_read_samples(folder, events)),
         predictions=_read_mapping(folder / "predictions" / "evaluation.json"),
         model_card=card.read_text(encoding="utf-8") if card.exists() else "",
     )
+
+
+def _read_data(path: Path) -> DataReport | None:
+    if not path.exists():
+        return None
+    try:
+        return DataReport.model_validate(_read_mapping(path))
+    except ValueError as error:
+        raise DataError(
+            f"`{path}` is not what a run writes: {error}",
+            hint="the file was changed after the run wrote it; restore or remove it",
+        ) from error
 
 
 def _read_mapping(path: Path) -> Mapping[str, Any]:
@@ -191,7 +234,7 @@ def _read_mapping(path: Path) -> Mapping[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise DataError(
-            f"`{path}` holds a {type(content).__name__}, not keys and values.",
+            f"`{path}` holds a {type(content).__name__}, not keys and values",
             hint="the file was changed after the run wrote it; restore or remove it",
         )
     return content
@@ -211,10 +254,13 @@ def _read_samples(folder: Path, events: list[dict[str, Any]]) -> list[Mapping[st
         except ValueError as error:
             if number == len(lines):  # torn by a killed run
                 break
-            raise DataError(f"{path}:{number} is not JSON: {error}") from error
+            raise DataError(
+                f"{path}:{number}: not JSON: {error}", hint="restore or remove the file"
+            ) from error
         if not isinstance(sample, dict) or not {"step", "prompt", "answer"} <= sample.keys():
             raise DataError(
-                f"{path}:{number} is not a sample: `step`, `prompt` and `answer` were expected."
+                f"{path}:{number}: not a sample: `step`, `prompt` and `answer` were expected",
+                hint="restore or remove the file",
             )
         samples.append(sample)
     return samples
@@ -240,6 +286,7 @@ def _pair_samples(samples: list[Mapping[str, Any]]) -> tuple[SamplePair, ...]:
                 before=str(first["answer"]),
                 last_step=int(last["step"]) if several else None,
                 after=str(last["answer"]) if several else None,
+                reference=str(last["reference"]) if last.get("reference") else None,
             )
         )
     return tuple(pairs)

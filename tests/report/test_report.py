@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 import yaml
 
+from fulltune.config import build_config
+from fulltune.data.preview import (
+    Bar,
+    Finding,
+    LabelFacts,
+    LengthFacts,
+    OverlapFacts,
+    PreviewFacts,
+    SplitFacts,
+    to_json,
+)
 from fulltune.errors import DataError, RunFolderError
+from fulltune.recipes import finetune
 from fulltune.report import render_model_card, write_report
 from fulltune.report.charts import (
     Mark,
@@ -27,7 +39,7 @@ from fulltune.report.charts import (
 )
 from fulltune.report.report import render_markdown
 from fulltune.report.run_record import read_run
-from fulltune.tracking import MetricsLog
+from fulltune.tracking import MetricsLog, format_bytes, format_number
 
 EVIL = "<script>alert('x')</script>&\"'"
 
@@ -80,7 +92,8 @@ def write_run(
                         "macro_f1": accuracy - 0.03,
                         "matthews": accuracy - 0.1,
                     }
-                log.write("evaluation", step=step, split="validation", **metrics)
+                best = step <= 200
+                log.write("evaluation", step=step, split="validation", best=best, **metrics)
             if step in (0, last):
                 answer = "我可以幫你。" if step else f"Certainly! {EVIL}\nAs an AI model, I cannot"
                 prompt = [{"role": "user", "content": "你好,請介紹一下你自己。"}]
@@ -115,15 +128,24 @@ def write_run(
 
 
 def write_rest(folder: Path, kind: str) -> None:
-    data = {
-        "format": "messages",
-        "train": {"rows": 18_421, "tokens": 4_120_333, "trained_share": 0.63, "longest": 2048},
-        "validation": {"rows": 969, "tokens": 216_020, "trained_share": 0.62},
-        "warnings": ["12 rows of validation repeat a row of train", f"row 7 holds {EVIL}"],
-    }
+    counts = {"positive": 9120, "negative": 8001, "中性": 1300, EVIL: 20}
+    facts = PreviewFacts(
+        supervision="labels" if kind == "classification" else "tokens",
+        splits=(
+            make_split("train", 18_441, counts if kind == "classification" else None),
+            make_split("validation", 969, None),
+        ),
+        overlaps=(
+            OverlapFacts(
+                split="validation", other="train", num_examples=12, num_inputs=0, rows=("a:1",)
+            ),
+        ),
+    )
+    findings = [
+        Finding(level="warning", message=f"`validation` shares 12 {EVIL}", hint="h", where=("a:1",))
+    ]
+    (folder / "data.json").write_text(to_json(facts, findings), encoding="utf-8")
     if kind == "classification":
-        counts = {"positive": 9120, "negative": 8001, "中性": 1300, EVIL: 20}
-        data["train"]["labels"] = counts  # type: ignore[index]
         labels = list(counts)
         confusion = [[410, 20, 5, 0], [31, 380, 9, 1], [12, 15, 60, 0], [1, 0, 0, 1]]
         scores = {"precision": 0.91, "recall": 0.94, "f1": 0.925, "support": 435}
@@ -137,11 +159,40 @@ def write_rest(folder: Path, kind: str) -> None:
                 }
             )
         )
-    (folder / "data.json").write_text(json.dumps(data))
     manifest = make_manifest(kind)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "model").mkdir()
     (folder / "model" / "README.md").write_text(render_model_card(manifest))
+
+
+def make_split(name: str, num_examples: int, counts: dict[str, int] | None) -> SplitFacts:
+    return SplitFacts(
+        name=name,
+        num_examples=num_examples,
+        num_tokens=4_120_333,
+        num_targets=2_595_810,
+        target_share=0.63,
+        num_without_target=0,
+        without_target=(),
+        num_emptied=0,
+        num_truncated=0,
+        num_removed_tokens=0,
+        num_removed_targets=0,
+        truncated=(),
+        num_duplicates=17,
+        duplicates=("a:2 repeats a:1",),
+        lengths=LengthFacts(
+            shortest=1, mean=3.0, median=3, p90=9, p99=9, longest=9,
+            histogram=(Bar(low=0, high=5, count=700), Bar(low=5, high=10, count=40)),
+        ),
+        longest=(),
+        labels=LabelFacts(
+            counts=counts, num_contradicting=0, contradicting=(), highest_accuracy=1.0
+        )
+        if counts
+        else None,
+        end_of_turn=None,
+    )  # fmt: skip
 
 
 def make_manifest(kind: str = "chat") -> dict[str, Any]:
@@ -156,10 +207,10 @@ def make_manifest(kind: str = "chat") -> dict[str, Any]:
     return {
         "name": f"smollm2 {EVIL} | chat",
         "base_model": "SmolLM2-135M-Instruct",
-        "base_model_sha256": "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
+        "base_model_hash": {"model.safetensors": "5af571cb" * 8},
         "licence": "apache-2.0",
         "task": kind,
-        "data": [{"source": "data/train.jsonl", "sha256": "9f" * 32, "rows": 18_421}],
+        "data": [{"source": "data/train.jsonl", "fingerprint": "9f" * 32, "rows": 18_421}],
         "settings": {"optimizer": {"lr": 2e-5, "betas": [0.9, 0.95]}, "batch": "32768 tokens"},
         "results": {"loss": 1.2154, "perplexity": 3.372},
         "versions": {"fulltune": "0.1.0", "torch": "2.11.0", "transformers": "5.17.0"},
@@ -232,8 +283,9 @@ def test_a_chat_report_says_what_was_trained_how_well_and_on_what(tmp_path: Path
     for promised in (
         "SmolLM2-135M-Instruct · chat",
         "finished",
-        "best validation loss",
-        "from 2.800",
+        "2.800 before training",
+        "kept weights, step 200",
+        "All 134,515,008 parameters trained on data/train.jsonl (18,441 train, 969 validation",
         "52:30",
         "AMD EPYC 9R14",
         "2 cores · 8.0 GiB",
@@ -243,11 +295,14 @@ def test_a_chat_report_says_what_was_trained_how_well_and_on_what(tmp_path: Path
         "rows: 3, 812",
         "resumed",
         "你好,請介紹一下你自己。",
-        "step 0, before training",
+        "before training",
+        "after step 300",
         "我可以幫你。",
-        "12 rows of validation repeat a row of train",
+        "`validation` shares 12",
         "4,120,333",
         "63.0%",
+        "also in train",
+        "examples by length",
         "layer 11",
         "optimizer.weight_decay",
         "sha256 9f9f",
@@ -259,8 +314,9 @@ def test_a_chat_report_says_what_was_trained_how_well_and_on_what(tmp_path: Path
 
 def test_a_classification_report_shows_labels_and_confusion(tmp_path: Path) -> None:
     html, page = report(tmp_path, write_run(tmp_path / "run", kind="classification"))
-    assert "best validation accuracy" in page.text
-    assert "92.6%" in page.text
+    assert "validation accuracy" in page.text
+    assert "macro F1" in page.text
+    assert "90.9%" in page.text
     assert "true positive, predicted negative: 20 (4.6%)" in page.text
     assert "9,120" in page.text
     assert 'class="heat-map"' in html
@@ -294,18 +350,103 @@ def test_several_runs_are_laid_over_one_another_with_what_differs(tmp_path: Path
     assert "optimizer.lr" in page.text
     assert "5e-05" in page.text
     assert "optimizer.weight_decay" not in page.text
-    assert "best validation loss" in page.text
+    assert "weights kept, of step" in page.text
     assert page.addresses == ["data:,"]
     assert html.count("<svg") >= 5
 
 
-def test_the_best_evaluation_is_the_lowest_loss_and_the_highest_accuracy(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("best", "kept"), [([0, 4], 4), ([0], 8), ([], 8)], ids=["later", "base model", "never"]
+)
+def test_the_kept_weights_are_the_best_or_the_last_where_the_base_model_was_best(
+    tmp_path: Path, best: list[int], kept: int
+) -> None:
     with MetricsLog(tmp_path / "run" / "metrics.jsonl") as log:
-        for step, loss, accuracy in ((0, math.nan, 0.2), (1, 1.5, 0.9), (2, 1.0, 0.7)):
-            log.write("evaluation", step=step, split="validation", loss=loss, accuracy=accuracy)
-    courses = {course.metric: course for course in read_run(tmp_path / "run").courses()}
-    assert courses["loss"].best == (2, 1.0)
-    assert courses["accuracy"].best == (1, 0.9)
+        for step in (0, 4, 8):
+            log.write(
+                "evaluation", step=step, split="validation", loss=1.0 + step, best=step in best
+            )
+    assert read_run(tmp_path / "run").kept_step == kept
+    assert ("No evaluation was better" in report(tmp_path, tmp_path / "run")[1].text) == (
+        best == [0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "data"),
+    [
+        ("chat", "tiny_llama", "chat_file"),
+        ("classification", "tiny_bert", "classification_file"),
+        ("text", "tiny_gpt2", "text_file"),
+    ],
+)
+def test_the_report_of_a_real_run_shows_everything_the_run_wrote(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    model: str,
+    data: str,
+) -> None:
+    monkeypatch.setenv("FULLTUNE_CACHE", str(tmp_path / "cache"))
+    source = request.getfixturevalue(data)
+    run_dir = tmp_path / "run"
+    finetune.run(
+        build_config(
+            finetune.Config,
+            {
+                "model": str(request.getfixturevalue(model)),
+                "task": {"kind": kind, "train": str(source), "validation": "4 examples"},
+                "duration": "4 steps",
+                "batch": "4 examples",
+                "precision": "fp32",
+                "optimizer": {"lr": 1e-3},
+                "evaluate": {"every": "2 steps", "num_samples": 1},
+                "num_workers": 0,
+                "run_dir": str(run_dir),
+            },
+        )
+    )
+    html = (run_dir / "report.html").read_text(encoding="utf-8")
+    text = Page(html).text
+    manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+    record = read_run(run_dir)
+    assert record.status == "finished"
+    assert record.data is not None
+    train, validation = record.data.facts.splits
+    for promised in (
+        f"All {manifest['num_parameters']:,} parameters trained",
+        f"({train.num_examples:,} train, {validation.num_examples:,} validation examples)",
+        f"{train.num_tokens:,}",
+        f"({train.target_share:.1%})",
+        "duplicates",
+        "also in train",
+        "train: examples by length in tokens",
+        f"data {source}",
+        *(f"sha256 {entry['fingerprint']}" for entry in manifest["data"]),
+        *(f"sha256 {digest}" for digest in manifest["base_model_hash"].values()),
+        *manifest["versions"].values(),
+        *(group["group"] for group in manifest["weight_change"]),
+        *(finding.message for finding in record.data.findings),
+        manifest["machine"]["cpu"],
+        format_bytes(manifest["memory"]["peak_bytes"]),
+        f"{format_bytes(manifest['memory']['predicted_bytes'])} predicted before the first step",
+        "last step",
+        "Model card",
+    ):
+        assert promised in text, promised
+    for value in manifest["results"].values():
+        assert format_number(value) in text or f"{value:.1%}" in text
+    assert f"kept weights, step {manifest['best_step']}" in text
+    assert "None" not in text
+    if kind == "chat":
+        assert "before training" in text
+        assert "after step 4" in text
+        assert "the answer in the data" in text
+    if kind == "classification":
+        assert "on the diagonal" in html
+        assert "train: examples by label" in text
+        assert text.count("precision") >= 1
 
 
 @pytest.mark.parametrize(
@@ -336,9 +477,10 @@ def test_what_is_not_a_run_is_named_with_what_to_do(
     [
         ("manifest.json", "{", "cannot be read"),
         ("data.json", "[]", "holds a list"),
+        ("data.json", '{"facts": {}, "findings": []}', "is not what a run writes"),
         ("config.yaml", "a: [", "cannot be read"),
-        ("samples.jsonl", '{"step": 1}\n', r"samples\.jsonl:1 is not a sample"),
-        ("samples.jsonl", "nothing\n", r"samples\.jsonl:1 is not JSON"),
+        ("samples.jsonl", '{"step": 1}\n', r"samples\.jsonl:1: not a sample"),
+        ("samples.jsonl", "nothing\n", r"samples\.jsonl:1: not JSON"),
     ],
 )
 def test_a_file_that_was_changed_is_named(
