@@ -275,9 +275,11 @@ def find_asset(name: str) -> Asset:
     name = name.removeprefix(PREFIX)
     if name in ASSETS:
         return ASSETS[name]
-    nearest = difflib.get_close_matches(name, ASSETS, n=1, cutoff=0.4)
-    meant = f"did you mean `{PREFIX}{nearest[0]}`? " if nearest else ""
-    raise AssetError(f"unknown asset `{name}`", hint=f"{meant}the assets are {', '.join(ASSETS)}")
+    nearest = difflib.get_close_matches(name, ASSETS, n=3, cutoff=0.6)
+    nearest = nearest or difflib.get_close_matches(name, ASSETS, n=1, cutoff=0.4)
+    named = " or ".join(f"`{PREFIX}{near}`" for near in nearest)
+    meant = f"did you mean {named}? " if nearest else ""
+    raise AssetError(f"unknown asset `{name}`", hint=f"{meant}`fulltune assets` lists them")
 
 
 def describe(name: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fulltune.recipes import finetune as finetune_recipe
 
 # Newer versions of typer carry a click of their own; this is the base of its errors in either.
-CommandLineError = next(
+CommandLineError: type[Exception] = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
 )
 
@@ -180,7 +180,10 @@ def evaluate(
         list[str] | None,
         typer.Option("--column", help="Our field and your column, `text=question`."),
     ] = None,
-    too_long: Annotated[str, typer.Option(help="`error`, `truncate` or `drop`.")] = "error",
+    too_long: Annotated[
+        Literal["error", "truncate", "drop"],
+        typer.Option(help="What happens to an example longer than the model was trained for."),
+    ] = "error",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -188,13 +191,14 @@ def evaluate(
     from fulltune.recipes import evaluate as recipe
 
     report = recipe.run(
-        model, data=data, columns=_columns(columns), too_long=_too_long(too_long), device=device
+        model, data=data, columns=_columns(columns), too_long=too_long, device=device
     )
     if as_json:
         _print_json(
             {
                 "model": report.model, "data": report.data, "num_examples": report.num_examples,
-                "num_targets": report.num_targets, "metrics": report.metrics, "details": report.details,
+                "num_targets": report.num_targets, "metrics": report.metrics,
+                "details": report.details,
             }
         )  # fmt: skip
         return
@@ -220,10 +224,16 @@ def predict(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of this probability.")
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Sample from the likeliest tokens of this probability."
+        ),
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
-    too_long: Annotated[str, typer.Option(help="Classification: `error` or `truncate`.")] = "error",
+    too_long: Annotated[
+        Literal["error", "truncate"],
+        typer.Option(help="Classification: what happens to a text longer than the context."),
+    ] = "error",
     device: Device = "auto",
 ) -> None:
     """Answer or label every row of a file; streaming, and resumable."""
@@ -242,7 +252,7 @@ def predict(
     )
     result = recipe.run(
         model, source, output=output, resume=resume, settings=settings, columns=_columns(columns),
-        too_long=_too_long(too_long), device=device,
+        too_long=too_long, device=device,
     )  # fmt: skip
     if result.output is not None:
         kept = f" ({result.num_kept:,} were there)" if result.num_kept else ""
@@ -439,16 +449,6 @@ def _columns(pairs: list[str] | None) -> dict[str, str]:
     return columns
 
 
-def _too_long(text: str) -> Literal["error", "truncate", "drop"]:
-    if text not in ("error", "truncate", "drop"):
-        from fulltune.errors import ConfigError
-
-        raise ConfigError(
-            f"`--too-long` cannot be {text!r}", hint="choose from error, truncate, drop"
-        )
-    return cast(Literal["error", "truncate", "drop"], text)
-
-
 # -- the door --------------------------------------------------------------------------------------
 
 
@@ -482,16 +482,19 @@ def _explain_usage(error: Any) -> tuple[str, str]:
     message = str(error.format_message()).strip().rstrip(".")
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "fulltune"
-    wanted, did_you_mean, near = message.partition(" Did you mean ")
     see = f"`{command} --help` shows what is possible"
-    if did_you_mean:
-        return _worded(wanted), f"did you mean {near.rstrip('?')}? {see}"
-    return _worded(wanted), see
+    for before in (" Did you mean ", " (Possible options: "):
+        wanted, found, near = message.partition(before)
+        if found:
+            near = near.strip("'?()")
+            return _worded(wanted), f"did you mean `{near}`? {see}"
+    return _worded(message), see
 
 
 def _worded(message: str) -> str:
     """Backticks where typer quotes, and no second `error`."""
     message = message.rstrip(". ").replace("'", "`").replace("Value error, ", "")
+    message = message.replace("Input should be", "it must be").replace("option: -", "option -")
     return message[:1].lower() + message[1:]
 
 

@@ -67,23 +67,25 @@ class Units:
 
     def parse(self, value: object) -> Quantity:
         """Read `32768 tokens`; a singular unit is accepted, a missing or foreign one is not."""
-        if isinstance(value, Quantity) or (isinstance(value, str | int | float) and not isinstance(value, bool)):
+        if isinstance(value, Quantity) or (
+            isinstance(value, str | int | float) and not isinstance(value, bool)
+        ):
             text = str(value)
         else:
-            raise ValueError(f"must be a number with a unit, such as {self.example()}")
+            raise ValueError(f"must be a number with a unit; write {self.example()}")
         match = re.fullmatch(
             r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([^\s0-9]*)\s*", text
         )
         if match is None:
-            raise ValueError(f"must be a number with a unit, such as {self.example()}")
+            raise ValueError(f"must be a number with a unit, not negative; write {self.example()}")
         number, unit = float(match[1].replace("_", "").replace(",", "")), match[2]
         known = {name.lower(): name for name in self.names}
         known |= {name.lower().removesuffix("s"): name for name in self.names}
         if unit.lower() not in known:
-            said = f"`{unit}` is not a unit here" if unit else "has no unit"
+            said = f"`{unit}` is not a unit here" if unit else "the unit is missing"
             raise ValueError(f"{said}; write {self.example()}")
         if not math.isfinite(number) or number < 0:
-            raise ValueError("must be a finite number that is not negative")
+            raise ValueError("it must be finite")
         return Quantity(number, known[unit.lower()])
 
     def example(self) -> str:
@@ -102,7 +104,7 @@ def _quantity(*names: str) -> tuple[Units, BeforeValidator, PlainSerializer]:
 
 def _positive(quantity: Quantity) -> Quantity:
     if quantity.value <= 0:
-        raise ValueError("must be more than zero")
+        raise ValueError("it must be more than zero")
     return quantity
 
 
@@ -148,7 +150,8 @@ def load_config(settings: type[S], path: Path | None, overrides: Sequence[str] =
             if not isinstance(inner, dict):
                 name = ".".join(parents[: depth + 1])
                 raise ConfigError(
-                    f"`{name}` is {inner!r}, not a section", hint=f"set `{name}` itself"
+                    f"`{name}` is `{_written(inner)}`, not a section, so there is no `{key}`",
+                    hint=f"write `{name}=VALUE`",
                 )
             section = inner
         try:
@@ -172,25 +175,53 @@ def read_yaml(path: Path) -> dict[str, Any]:
         hint = f"did you mean `{folder / near[0]}`?" if near else "give the path of a YAML file"
         raise ConfigError(f"no settings file `{path}`", hint=hint) from None
     except IsADirectoryError:
-        raise ConfigError(f"`{path}` is a folder, not a settings file") from None
-    except UnicodeDecodeError as error:
         raise ConfigError(
-            f"`{path}` is not UTF-8: {error.reason}", hint="save it as UTF-8"
+            f"`{path}` is a folder, not a settings file", hint="give the path of a YAML file"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"`{path}` cannot be read: {error.strerror}", hint="give the path of a YAML file"
+        ) from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path}:{line}: not UTF-8: byte 0x{error.object[error.start]:02x}",
+            hint="save the file as UTF-8",
         ) from None
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _UniqueKeyLoader)  # a safe loader, in spite of its name
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or "not YAML"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
         raise ConfigError(
-            f"{where}: {problem}", hint="a settings file is `key: value` lines"
+            f"{where}: {problem}",
+            hint="correct that line or the one before; a settings file is `key: value` lines",
         ) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"`{path}` holds {type(values).__name__}, not `key: value` lines")
+        found = {list: "a list", str: "text"}.get(type(values), type(values).__name__)
+        raise ConfigError(
+            f"`{path}` holds {found}, not settings",
+            hint="write `key: value` lines, such as `model: asset:smollm2-135m-instruct`",
+        )
     return values
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets the last of two equal keys win, unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    problem=f"`{key.value}` is given twice", problem_mark=key.start_mark
+                )
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def build_config(settings: type[S], values: Mapping[str, Any]) -> S:
@@ -215,27 +246,100 @@ def _explain(settings: type[BaseModel], details: ErrorDetails) -> tuple[str, str
     if kind == "extra_forbidden":
         valid = list_keys(settings)
         prefix = ".".join(path[:-1])
-        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.6) or [
-            name for name in valid if name.rpartition(".")[2] == path[-1]
-        ]
+        near = _nearest(key, settings)
         here = [name for name in section.model_fields] if section else valid
         hint = (
-            f"did you mean `{near[0]}`?"
+            f"did you mean `{near}`?"
             if near
             else f"settings {f'in `{prefix}`' if prefix else 'here'}: {', '.join(here)}"
         )
         return f"unknown setting `{key}`", hint
-    if kind == "missing":
+    if kind == "missing" and len(path) == len(details["loc"]):
         return f"`{key}` is not set, and has no default", f"add `{key}: ...`"
-    if kind == "literal_error":
-        return f"`{key}` cannot be {given!r}", f"choose from {context.get('expected', '')}"
     if kind in ("model_type", "model_attributes_type"):
-        return f"`{key}` is a section of settings, but was given {given!r}", None
-    message = details["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if not key:
-        return message, None
-    return f"`{key}` cannot be {given!r}: {message}", None
+        inner = ", ".join(f"`{key}.{name}`" for name in section.model_fields) if section else ""
+        return f"`{key}` is a section, but is given `{_written(given)}`", f"set one of {inner}"
+    why, semicolon, advice = details["msg"].removeprefix("Value error, ").partition("; ")
+    if kind in _PLAIN_REASONS:
+        why = _PLAIN_REASONS[kind].format(**context)
+    if isinstance(given, dict) and kind == "value_error":  # settings that contradict each other
+        return why, advice
+    hint = advice if semicolon else _meaning(settings, key)
+    return f"`{key}` cannot be `{_written(given)}`: {why[:1].lower()}{why[1:]}", hint
+
+
+_PLAIN_REASONS = {
+    "literal_error": "no such choice",
+    "int_type": "not a whole number",
+    "int_parsing": "not a whole number",
+    "int_from_float": "not a whole number",
+    "float_type": "not a number",
+    "float_parsing": "not a number",
+    "finite_number": "not a finite number",
+    "bool_type": "neither true nor false",
+    "bool_parsing": "neither true nor false",
+    "string_type": "not text",
+    "dict_type": "not a mapping",
+    "tuple_type": "not a list",
+    "missing": "too few values",
+    "too_long": "too many values",
+    "greater_than": "it must be more than {gt:g}",
+    "greater_than_equal": "it must be at least {ge:g}",
+    "less_than": "it must be less than {lt:g}",
+    "less_than_equal": "it must be at most {le:g}",
+}
+"""What a user reads for pydantic's kinds of error, with their context filled in."""
+
+
+def _meaning(settings: type[BaseModel], key: str) -> str:
+    """What a setting accepts and means, as `fulltune settings` says it."""
+    rows = {row.key: f"`{key}` ({row.kind}): {row.meaning}" for row in list_settings(settings)}
+    return rows.get(key, "`fulltune settings` lists what is possible")
+
+
+_OTHER_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "lr_scheduler_type": "optimizer.schedule",
+    "warmup_ratio": "optimizer.warmup",
+    "warmup_steps": "optimizer.warmup",
+    "max_grad_norm": "optimizer.clip_norm",
+    "epochs": "duration",
+    "num_epochs": "duration",
+    "num_train_epochs": "duration",
+    "max_steps": "duration",
+    "batch_size": "batch",
+    "per_device_train_batch_size": "batch",
+    "output_dir": "run_dir",
+    "model_name_or_path": "model",
+    "max_seq_length": "task.max_length",
+    "eval_steps": "evaluate.every",
+    "save_steps": "save_every",
+    "bf16": "precision",
+}
+"""What other programs call a setting."""
+
+
+def _nearest(key: str, settings: type[BaseModel]) -> str | None:
+    """A setting of nearly this name: in the same section, of another section, or anywhere."""
+    valid = list_keys(settings)
+    prefix, dot, leaf = key.rpartition(".")
+    beside = [name for name in valid if name.rpartition(".")[0] == prefix]
+    close = difflib.get_close_matches(leaf, [name.rpartition(".")[2] for name in beside], n=1)
+    if close:
+        return f"{prefix}{dot}{close[0]}"
+    if (other := _OTHER_NAMES.get(leaf)) in valid:
+        return other
+    namesakes = [name for name in valid if name.rpartition(".")[2] == leaf]
+    whole = difflib.get_close_matches(key, valid, n=1, cutoff=0.75) if not beside else []
+    return next(iter([*namesakes, *whole]), None)
+
+
+def _written(value: object) -> str:
+    """A value as it stands in a settings file."""
+    if isinstance(value, str) and value.strip():
+        return value
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n...\n").strip()
 
 
 def _setting_of(
@@ -333,10 +437,24 @@ def _show(value: object) -> str:
     return str(value)
 
 
+def _describe_limits(metadata: Sequence[object]) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    found = [part for item in metadata for part in (item, *getattr(item, "metadata", ()))]
+    return " and ".join(
+        f"{sign} {getattr(part, name):g}"
+        for part in found
+        for name, sign in signs.items()
+        if isinstance(getattr(part, name, None), int | float)
+    )
+
+
 def _describe_type(annotation: object, metadata: Sequence[object]) -> str:
     for item in metadata:
         if isinstance(item, Units):
             return item.example().replace("`", "")
+    limits = _describe_limits(metadata)
+    if limits:
+        return f"{_describe_type(annotation, ())} {limits}"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return _describe_type(arguments[0], arguments[1:])

@@ -25,7 +25,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -47,6 +46,7 @@ from fulltune.models.families import family_of
 from fulltune.models.loading import (
     context_length,
     load_model,
+    load_model_config,
     load_tokenizer,
     read_info,
     resolve_model,
@@ -133,13 +133,13 @@ def load_for_inference(
     """
     path = resolve_model(source)
     info = read_info(path)
+    config = load_model_config(path)
     tokenizer = load_tokenizer(path)
-    config = AutoConfig.from_pretrained(path)
     kind = info["kind"] if "kind" in info else _infer_kind(path, config, tokenizer)
     model = load_model(
         path,
         head="classification" if kind == "classification" else "causal_lm",
-        dtype=dtype or config.dtype or torch.float32,
+        dtype=dtype or cast(torch.dtype | None, config.dtype) or torch.float32,
         attention=IMPLEMENTATION,
     )
     cast(Any, model).to(device)
@@ -190,7 +190,8 @@ def _infer_kind(
     else:
         named = architectures[0] if architectures else "a model without a named architecture"
         raise ModelError(
-            f"`{path}` holds {named}, which has no trained head: it cannot answer",
+            f"`{path}` holds {named}, an encoder without a trained head, so it can "
+            "neither answer nor label",
             hint="fine-tune it first with `fulltune finetune`, and give the run folder",
         )
     logger.info("%s has no fulltune.json; taken as a %s model, since %s", path, kind, reason)

@@ -252,6 +252,10 @@ def _unrecognised(
             ]
             if missing and (len(possible) == 1 or config.columns):
                 return _missing_column(record, missing[0], fields=layout.fields)
+    if "messages" in possible:
+        unlike = _without_turns(records, config.columns)
+        if unlike is not None:
+            return unlike
     forms = [
         f"{name} ({', '.join(_needed(layout, needs_label=needs_label))})"
         for name, layout in possible.items()
@@ -267,12 +271,28 @@ def _unrecognised(
     )
 
 
+def _without_turns(records: Sequence[Record], columns: Mapping[str, str]) -> DataError | None:
+    """The first row that spoils a file whose rows are conversations otherwise."""
+    for name in ("messages", "sharegpt"):
+        layout = _LAYOUTS[name]
+        odd = [row for row in records if not _fits(name, layout, row, columns, needs_label=True)]
+        if not odd or len(odd) == len(records):
+            continue
+        column = _turns_column(name, odd[0], columns)
+        if column in odd[0].fields:
+            return DataError(
+                f"{odd[0].where}: field `{column}` holds no turns, as other rows do",
+                hint="correct the row, or drop it",
+            )
+    return None
+
+
 def _missing_column(record: Record, column: str, *, fields: Sequence[str] = ()) -> DataError:
     near = difflib.get_close_matches(column, record.fields, n=1)
     hint = f"did you mean `{near[0]}`? " if near else ""
     if column in fields:
         found = near[0] if near else "COLUMN"
-        hint += f"Map another name with `task.columns={{{column}: {found}}}`"
+        hint += f"map another name with `task.columns={{{column}: {found}}}`"
     return DataError(
         f"{record.where}: no column `{column}`; there are {_listed(record.fields)}",
         hint=hint.strip() or "correct `task.columns`, or drop the row",
@@ -379,10 +399,16 @@ def _alpaca_messages(row: _Row) -> list[Message]:
     messages = _system(row, row.optional("system"))
     history = row.optional("history")
     if history is not None and not isinstance(history, list):
-        raise row.error(f"field `history` must be a list of pairs, not {_type_name(history)}")
+        raise row.error(
+            f"field `history` must be a list of pairs, not {_type_name(history)}",
+            hint="write `[[question, answer], ...]`",
+        )
     for number, pair in enumerate(history or [], start=1):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise row.error(f"entry {number} of `history` must be a pair of question and answer")
+            raise row.error(
+                f"entry {number} of `history` must be a pair of question and answer",
+                hint="write `[[question, answer], ...]`",
+            )
         question, answer = (row.checked_text(text, f"entry {number} of `history`") for text in pair)
         messages += [Message("user", question), Message("assistant", answer)]
     prompt = row.text("instruction")
@@ -417,7 +443,10 @@ def _system(row: _Row, text: Any) -> list[Message]:
 
 def _turns(row: _Row, turns: Any, column: str, *, sharegpt: bool = False) -> list[Message]:
     if not isinstance(turns, list):
-        raise row.error(f"field `{column}` must be a list of turns, not {_type_name(turns)}")
+        raise row.error(
+            f"field `{column}` must be a list of turns, not {_type_name(turns)}",
+            hint='write `[{"role": "user", "content": ...}, ...]`',
+        )
     if not turns:
         raise row.error(f"field `{column}` holds no turns", hint="drop the row")
     if row.record.fields.get("tools"):
@@ -438,7 +467,10 @@ def _turn(row: _Row, turn: Any, name: str, *, sharegpt: bool) -> Message:
         found = _listed(turn) if isinstance(turn, dict) else _type_name(turn)
         if isinstance(turn, dict) and turn.get("tool_calls"):
             raise _refused(row, name, "tool_calls")
-        raise row.error(f"{name} must have `{role_key}` and `{text_key}`; it has {found}")
+        raise row.error(
+            f"{name} must have `{role_key}` and `{text_key}`; it has {found}",
+            hint="correct the turn, or drop the row",
+        )
     for key in _REFUSED_PARTS:
         if turn.get(key):
             raise _refused(row, name, key)

@@ -23,7 +23,7 @@ from typing import IO, Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet
 
-from fulltune.assets import fetch
+from fulltune.assets import fetch, find_asset, list_assets
 from fulltune.errors import DataError, MissingExtraError
 
 STANDARD_INPUT = "-"
@@ -89,6 +89,21 @@ def read_records(source: str, *, limit: int | None = None) -> Iterator[Record]:
     return itertools.islice(_read_source(source), limit)
 
 
+def check_source(source: str) -> None:
+    """Refuse a source that cannot be there, before anything slow is begun or fetched.
+
+    Raises:
+        DataError: no such file, or none of a known format.
+        AssetError: no such asset.
+    """
+    if source.startswith(ASSET_PREFIX):
+        _find_data_asset(source)
+    elif source == STANDARD_INPUT:
+        source_fingerprint(source)
+    elif not _is_datasets_source(source):
+        _list_files(source)
+
+
 def source_fingerprint(source: str) -> str:
     """Hash of the content of a source, wherever it lies; for a file what `b2sum -l 256` prints."""
     if source == STANDARD_INPUT:
@@ -151,8 +166,16 @@ def _named_rows(name: str, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterat
 
 def _local_path(source: str) -> Path:
     if source.startswith(ASSET_PREFIX):
-        return fetch(source.removeprefix(ASSET_PREFIX))
+        return fetch(_find_data_asset(source))
     return Path(source).expanduser()
+
+
+def _find_data_asset(source: str) -> str:
+    asset = find_asset(source)
+    if asset.kind != "data":
+        names = (f"`{ASSET_PREFIX}{other.name}`" for other in list_assets() if other.kind == "data")
+        raise DataError(f"`{source}` is a model, not data", hint=f"data are {', '.join(names)}")
+    return asset.name
 
 
 def _list_files(source: str) -> list[_File]:
@@ -244,7 +267,9 @@ def _read_file(file: _File) -> Iterator[tuple[int, dict[str, Any]]]:
 def _unreadable(name: str, error: Exception, *, compressed: str | None = None) -> DataError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     if isinstance(error, OSError) and error.errno is not None:
-        return DataError(f"`{name}` cannot be read: {reason}")
+        return DataError(
+            f"`{name}` cannot be read: {reason}", hint="check the file and its permissions"
+        )
     expected = f"{compressed} file" if compressed else "file of its format"
     return DataError(
         f"`{name}` is not a whole {expected}: {reason}",
@@ -296,7 +321,10 @@ def _parse_jsonl(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, dict
 
 def _bad_json(where: str, text: str, error: ValueError | RecursionError) -> DataError:
     if not isinstance(error, json.JSONDecodeError):
-        return DataError(f"{where}: not readable as JSON: {error}")
+        return DataError(
+            f"{where}: not readable as JSON: {error}",
+            hint="JSON Lines holds one whole object on each line",
+        )
     start = max(0, error.pos - 40)
     excerpt = text[start : error.pos + 20].strip().replace("\n", " ")
     return DataError(

@@ -63,7 +63,8 @@ class OptimizerConfig(Settings):
             if not has_effect and getattr(self, key) != type(self).model_fields[key].default:
                 other = "schedule" if key == "decay" else "name"
                 raise ValueError(
-                    f"`optimizer.{key}` has no effect with `{other}: {getattr(self, other)}`"
+                    f"`optimizer.{key}` has no effect with "
+                    f"`optimizer.{other}: {getattr(self, other)}`; leave it out"
                 )
         return self
 

@@ -93,6 +93,12 @@ def run(
     """
     console = console or Console(highlight=False)
     loaded = load_for_inference(model, device=choose_device(device), dtype=dtype)
+    if loaded.kind == "text" and loaded.tokenizer.chat_template is None:
+        raise ModelError(
+            f"`{model}` has no chat template, so it cannot take turns",
+            hint="fine-tune it with `task.kind: chat` and `task.template: chatml`, or let it "
+            f"continue texts by `fulltune predict {model} FILE`",
+        )
     if loaded.kind != "chat":
         raise ModelError(
             f"`{model}` is a {loaded.kind} model, which does not chat",

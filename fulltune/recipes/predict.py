@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, Literal, cast
 import torch
 
 from fulltune.data.formats import RecordFormat, make_example, recognise_format
-from fulltune.data.records import Record, read_records
+from fulltune.data.records import STANDARD_INPUT, Record, check_source, read_records
 from fulltune.data.tasks import ChatExample, ClassificationExample, Message, TaskConfig, TextExample
-from fulltune.errors import DataError, RunFolderError
+from fulltune.errors import ConfigError, DataError, RunFolderError
 from fulltune.inference import (
     GenerationSettings,
     Loaded,
@@ -124,6 +124,10 @@ def _open(
     resume: bool,
 ) -> tuple[Iterator[Record], RecordFormat, Loaded]:
     """Everything that can be refused is refused before the output is touched."""
+    if resume and output is None:
+        raise ConfigError("`--resume` needs an output to go on with", hint="give `--output FILE`")
+    if source != STANDARD_INPUT:
+        check_source(source)
     if output is not None and output.exists() and not resume:
         raise RunFolderError(
             f"`{output}` exists, and predictions never overwrite a file",

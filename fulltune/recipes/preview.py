@@ -49,7 +49,7 @@ def run(
         Whether training would start: no finding is an error.
     """
     if html is not None and html.exists() and not html.is_file():
-        raise ConfigError(f"`--html {html}` is not a file")
+        raise ConfigError(f"`--html {html}` is not a file", hint="give the name of a file")
     with make_display(title="preview") as display:
         base = open_base(config.model, config.task)
         objective = make_objective(base, config.task)

@@ -218,7 +218,7 @@ def test_an_empty_system_or_tool_turn_is_allowed() -> None:
         (
             conversation(USER, {"role": "assistant", "text": "x"}),
             "turn 2 of `messages` must have `role` and `content`; it has `role`, `text`",
-            None,
+            "correct the turn, or drop the row",
         ),
         (
             conversation(USER, {"role": "assistant", "content": "\ud83d"}),
@@ -233,7 +233,7 @@ def test_an_empty_system_or_tool_turn_is_allowed() -> None:
         (
             {"instruction": "a", "output": "b", "history": [["x"]]},
             "entry 1 of `history` must be a pair of question and answer",
-            None,
+            "write `[[question, answer], ...]`",
         ),
         (
             {
@@ -271,7 +271,7 @@ def test_later_rows_are_held_to_the_format_of_the_first() -> None:
     with pytest.raises(DataError) as caught:
         make_example(Record({"mesages": []}, "train.jsonl:9"), format, kind="chat")
     assert caught.value.hint == (
-        "did you mean `mesages`? Map another name with `task.columns={messages: mesages}`"
+        "did you mean `mesages`? map another name with `task.columns={messages: mesages}`"
     )
 
 
@@ -382,7 +382,7 @@ def test_an_unknown_layout_lists_what_is_there_and_what_is_possible() -> None:
 def test_a_missing_column_names_the_nearest() -> None:
     error = refusal({"txt": "a", "label": "b"}, config("classification"))
     assert str(error) == "train.jsonl:1: no column `text`; there are `txt`, `label`"
-    assert error.hint == "did you mean `txt`? Map another name with `task.columns={text: txt}`"
+    assert error.hint == "did you mean `txt`? map another name with `task.columns={text: txt}`"
     columns = {"text": "sentence", "label": "clas"}
     error = refusal({"sentence": "a", "class": "b"}, config("classification", columns=columns))
     assert str(error) == "train.jsonl:1: no column `clas`; there are `sentence`, `class`"

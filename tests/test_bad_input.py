@@ -1,0 +1,634 @@
+"""What a user may get wrong: each is refused with what, why and what to do, and nothing is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fulltune.cli import main
+from fulltune.config import build_config, dump_config, load_config
+from fulltune.recipes import finetune
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FULLTUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refuse(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refuse:
+    """Run the command line, which must refuse; the message and the hint as printed."""
+
+    def run(*arguments: object, code: int = 2) -> str:
+        before = contents(workplace)
+        monkeypatch.setattr(sys, "argv", ["fulltune", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return checked(captured.err, captured.out, caught.value.code, code, before, workplace)
+
+    return run
+
+
+def checked(
+    errors: str, output: str, found: object, code: int, before: Mapping[str, bytes], folder: Path
+) -> str:
+    assert found == code, errors
+    assert "Traceback" not in errors
+    assert output == ""
+    assert contents(folder) == before, "something was written"
+    lines = errors.splitlines()
+    starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    assert len(starts) == 1, errors
+    said = lines[starts[0] :]
+    hints = [line for line in said if line.startswith("hint: ")]
+    assert len(hints) == 1, f"no hint: {errors}"
+    if os.environ.get("SHOW_REFUSALS"):
+        os.write(2, ("\n".join(said) + "\n\n").encode())
+    return "\n".join(said)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in folder.rglob("*")
+        if not path.is_symlink()
+    }
+
+
+def write_settings(folder: Path, model: Path, data: Path | str, kind: str, **changes: Any) -> Path:
+    values: dict[str, Any] = {
+        "model": str(model),
+        "task": {"kind": kind, "train": str(data)},
+        "duration": "2 steps",
+        "batch": "4 examples",
+        "precision": "fp32",
+        "num_workers": 0,
+        "run_dir": "run",
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**values, **changes}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def chat_settings(workplace: Path, tiny_llama: Path, chat_file: Path) -> Path:
+    return write_settings(workplace, tiny_llama, chat_file, "chat")
+
+
+@pytest.fixture
+def class_settings(workplace: Path, tiny_bert: Path, classification_file: Path) -> Path:
+    return write_settings(workplace, tiny_bert, classification_file, "classification")
+
+
+# -- the settings file and the command line --------------------------------------------------------
+
+
+def test_a_settings_file_that_is_not_there_names_the_nearest(
+    refuse: Refuse, chat_settings: Path
+) -> None:
+    said = refuse("finetune", "confg.yaml")
+    assert "no settings file `confg.yaml`" in said
+    assert "did you mean `config.yaml`" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model: a\ntask: {kind: chat\nrun_dir: b\n", "broken.yaml:3: "),
+        (b"- model: a\n- run_dir: b\n", "holds a list, not"),
+        (b"just words\n", "holds text, not"),
+        ("model: caf\u00e9\n".encode("latin-1"), "broken.yaml:1: not UTF-8"),
+        (b"model: a\nmodel: b\n", "`model` is given twice"),
+        (b"model: a\x00b\n", "broken.yaml"),
+        (b"", "`model` is not set"),
+    ],
+)
+def test_a_settings_file_that_cannot_be_read_is_named_with_its_line(
+    refuse: Refuse, workplace: Path, content: bytes, message: str
+) -> None:
+    (workplace / "broken.yaml").write_bytes(content)
+    assert message in refuse("finetune", "broken.yaml")
+
+
+def test_a_folder_is_no_settings_file(refuse: Refuse, workplace: Path) -> None:
+    (workplace / "configs").mkdir()
+    assert "is a folder" in refuse("finetune", "configs")
+
+
+@pytest.mark.parametrize(
+    ("override", "message", "hint"),
+    [
+        ("optimizer.learning_rate=1", "unknown setting", "did you mean `optimizer.lr`?"),
+        ("optimizer.beta=1", "unknown setting `optimizer.beta`", "`optimizer.betas`"),
+        ("optimizer.x=1", "unknown setting `optimizer.x`", "name, lr, head_lr"),
+        ("num_train_epochs=3", "unknown setting `num_train_epochs`", "`duration`"),
+        ("optimiser.lr=1", "unknown setting `optimiser`", "did you mean `optimizer`?"),
+        ("lr=1e-5", "unknown setting `lr`", "did you mean `optimizer.lr`?"),
+        ("task.max_lenght=8", "unknown setting", "did you mean `task.max_length`?"),
+        ("optimizer.lr", "`optimizer.lr` is not a setting", "write `optimizer.lr=VALUE`"),
+        ("optimizer=adamw", "`optimizer` is a section", "`optimizer.name"),
+        ("seed.x=1", "`seed` cannot be `{x: 1}`", "whole number"),
+        ("duration=3", "`duration` cannot be `3`: the unit is missing", "`3 epochs`"),
+        ("duration=3 weeks", "`weeks` is not a unit", "`3 epochs`"),
+        ("duration=0 steps", "more than zero", "`duration`"),
+        ("duration=-3 epochs", "`duration` cannot be", "`3 epochs`"),
+        ("batch=0 examples", "`batch` cannot be `0 examples`", "`batch`"),
+        ("batch=0", "`batch` cannot be `0`", "`64 examples`"),
+        ("optimizer.lr=-1e-3", "it must be more than 0", "(number > 0)"),
+        ("optimizer.lr=high", "`optimizer.lr` cannot be `high`", "number"),
+        ("optimizer.lr=.nan", "`optimizer.lr` cannot be", "number"),
+        ("optimizer.name=sgd", "`optimizer.name` cannot be `sgd`", "adamw"),
+        ("optimizer.betas=[0.9]", "`optimizer.betas", "`optimizer.betas"),
+        ("seed=-1", "`seed` cannot be `-1`", "0"),
+        ("seed=1.5", "`seed` cannot be `1.5`", "whole number"),
+        ("label_smoothing=1", "it must be less than 1", "number >= 0 and < 1"),
+        ("memory=L4", "`memory` cannot be `L4`", "20 GiB"),
+        ("dropout=1.5", "`dropout` cannot be `1.5`: it must be less than 1", "null"),
+        ("task.kind=translate", "`task.kind` cannot be `translate`", "classification"),
+        ("task.max_length=1", "`task.max_length` cannot be `1`", "2"),
+        ("task.columns=text", "`task.columns`", "mapping"),
+        ("save_every=0 steps", "`save_every` cannot be", "`save_every`"),
+        ("scope=layers", "`scope` cannot be `layers`", "last N layers"),
+        ("optimizer.name=adafactor  optimizer.betas=[0.8,0.9]", "has no effect", "leave"),
+        ("optimizer.momentum=0.8", "has no effect with `optimizer.name: adamw`", "leave"),
+        ("evaluate.metric=acuracy", "acuracy", "loss"),
+        ("evaluate.metric=accuracy", "accuracy", "loss"),
+        ("device=tpu", "`device` cannot be 'tpu'", "cuda:N"),
+        ("device=cuda:7", "that GPU is not there", "device: cpu"),
+        ("task.validation=0%", "`task.validation` is `0%`", "null"),
+        ("run_dir=", "`run_dir` cannot be `null`", "run_dir"),
+        ("tracking.sinks=[excel]", "excel", "tensorboard"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_before_the_model_is_opened(
+    refuse: Refuse, chat_settings: Path, override: str, message: str, hint: str
+) -> None:
+    overrides = override.split("  ")
+    said = refuse("finetune", chat_settings, "model=there/is/no/model", *overrides)
+    assert message in said
+    assert hint in said.partition("hint: ")[2]
+
+
+def test_settings_are_refused_alike_in_the_file(
+    refuse: Refuse, workplace: Path, tiny_llama: Path, chat_file: Path
+) -> None:
+    write_settings(
+        workplace, tiny_llama, chat_file, "chat", duration="3", evaluate={"evry": "1 epoch"}
+    )
+    said = refuse("finetune", "config.yaml")
+    assert "`duration` cannot be `3`" in said
+    assert "unknown setting `evaluate.evry`" in said
+    assert "did you mean `evaluate.every`?" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["finetun", "x.yaml"], "`finetun`", "finetune"),
+        (["finetune"], "FILE", "fulltune finetune --help"),
+        (["finetune", "x.yaml", "--resum"], "--resum", "--resume"),
+        (["predict", "m", "rows.jsonl", "--max-new-tokens", "0"], "--max-new-tokens", "--help"),
+        (
+            ["predict", "m", "rows.jsonl", "--top-p", "2"],
+            "less than or equal to 1",
+            "fulltune predict --help",
+        ),
+        (["predict", "m", "rows.jsonl", "--too-long", "drop"], "`truncate`", "--help"),
+        (["evaluate", "m", "--too-long", "cut"], "`error`, `truncate`, `drop`", "--help"),
+        (["evaluate", "m", "--column", "text"], "--column", "text=question"),
+        (["settings", "preview"], "`preview` is not one of `finetune`", "--help"),
+    ],
+)
+def test_a_wrong_command_line_says_what_is_possible(
+    refuse: Refuse, workplace: Path, arguments: list[str], message: str, hint: str
+) -> None:
+    said = refuse(*arguments)
+    assert message in said
+    assert hint in said.partition("hint: ")[2]
+
+
+# -- settings that the model or the task does not know ---------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task.template=chatml"], "`task.template` has no effect"),
+        (["z_loss=1e-4"], "`z_loss` has no effect"),
+        (["evaluate.retention=true"], "`evaluate.retention`"),
+        (["task.max_length=4096"], "`task.max_length` is 4,096, but the model's context is 128"),
+        (["task.labels=[place]"], "label"),
+        (["scope=last 9 layers"], "the model has 2 layers"),
+        (["memory=10 MiB"], "are allowed by `memory`"),
+    ],
+)
+def test_settings_without_effect_or_beyond_the_model_are_refused(
+    refuse: Refuse, class_settings: Path, overrides: list[str], message: str
+) -> None:
+    assert message in refuse("finetune", class_settings, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task.labels=[a,b]"], "`task.labels` has no effect"),
+        (["task.template=none.jinja"], "`none.jinja` is neither built in nor a file"),
+        (["task.validation=40 examples"], "leaves none of the 40 examples for training"),
+        (["task.validation=100%"], "`task.validation` is `100%`"),
+    ],
+)
+def test_settings_a_chat_run_cannot_use_are_refused(
+    refuse: Refuse, chat_settings: Path, overrides: list[str], message: str
+) -> None:
+    assert message in refuse("finetune", chat_settings, *overrides)
+
+
+def test_a_template_with_a_syntax_error_is_named_with_its_line(
+    refuse: Refuse, workplace: Path, chat_settings: Path
+) -> None:
+    (workplace / "mine.jinja").write_text("{% for m in messages %}\n{{ m['content' }}\n")
+    said = refuse("finetune", chat_settings, "task.template=mine.jinja")
+    assert "mine.jinja:2" in said
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def test_a_data_file_that_is_not_there_names_near_ones(
+    refuse: Refuse, workplace: Path, tiny_llama: Path, chat_file: Path
+) -> None:
+    shutil.copy(chat_file, workplace / "train.jsonl")
+    write_settings(workplace, tiny_llama, "trian.jsonl", "chat")
+    said = refuse("finetune", "config.yaml")
+    assert "`trian.jsonl` does not exist" in said
+    assert "did you mean `train.jsonl`?" in said
+
+
+def test_data_is_looked_for_before_the_model_is_loaded(
+    refuse: Refuse, workplace: Path, tiny_llama: Path
+) -> None:
+    write_settings(workplace, tiny_llama / "nothing", "trian.jsonl", "chat")
+    assert "`trian.jsonl` does not exist" in refuse("finetune", "config.yaml")
+    said = refuse("finetune", "config.yaml", "task.train=config.yaml")
+    assert "suffix `.yaml`" in said
+
+
+def user(content: str = "Hello?") -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str = "Hello.") -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+GOOD = json.dumps({"messages": [user(), assistant()]})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": [', "train.jsonl:17: not JSON"),
+        ("[1, 2]", "train.jsonl:17: a record must be an object"),
+        (json.dumps({"messages": [{"role": "critic", "content": "?"}]}), "`critic`"),
+        (json.dumps({"messages": [user()]}), "train.jsonl:17"),
+        (json.dumps({"messages": [assistant(), user(), assistant()]}), "train.jsonl:17"),
+        (json.dumps({"messages": []}), "train.jsonl:17"),
+        (json.dumps({"messages": [user(), {"role": "assistant"}]}), "train.jsonl:17"),
+        (json.dumps({"text": "no messages"}), "train.jsonl:17"),
+        (json.dumps({"messages": [user(), assistant("long " * 400)]}), "train.jsonl:17"),
+        (json.dumps({"messages": [user(), assistant(None)]}), "train.jsonl:17"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(
+    refuse: Refuse, workplace: Path, tiny_llama: Path, line: str, message: str
+) -> None:
+    lines = [GOOD] * 16 + [line, GOOD]
+    (workplace / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_settings(workplace, tiny_llama, "train.jsonl", "chat")
+    said = refuse("finetune", "config.yaml")
+    assert message in said
+    assert "train.jsonl:17" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.jsonl", b"", "`train.jsonl` is empty"),
+        ("train.jsonl", b"\n\n", "`train.jsonl` is empty"),
+        ("train.jsonl", '{"text": "caf\u00e9"}\n'.encode("latin-1"), "train.jsonl:1: not UTF-8"),
+        ("train.csv", "text,label\n\u4f60\u597d\u554a,a\n".encode("gbk"), "train.csv:2: not UTF-8"),
+        ("train.parquet", b"PAR1 no", "`train.parquet` is not a whole"),
+        ("train.jsonl.gz", b"\x1f\x8b cut", "`train.jsonl.gz` is not a whole"),
+        ("train.doc", b"x", "suffix `.doc`"),
+        ("train.json", b'{"text": "a"}\n{"text": "b"}\n', "`train.json` holds one object"),
+    ],
+)
+def test_a_data_file_that_cannot_be_read_says_how(
+    refuse: Refuse, workplace: Path, tiny_llama: Path, name: str, content: bytes, message: str
+) -> None:
+    (workplace / name).write_bytes(content)
+    write_settings(workplace, tiny_llama, name, "text")
+    assert message in refuse("finetune", "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "who", "class": "a"}], "`text`"),
+        ([{"text": f"who is {i}", "label": "a"} for i in range(20)], "one label"),
+        ([{"text": f"who {i}", "label": ["a", "b"][i % 2]} for i in range(20)] + [{"text": "?"}],
+         "train.jsonl:21"),
+        ([{"text": f"who {i}", "label": ["a", ""][i % 2]} for i in range(20)], "train.jsonl:2"),
+        ([{"text": None, "label": "a"}, {"text": "b", "label": "b"}], "train.jsonl:1"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_classified_are_refused(
+    refuse: Refuse, workplace: Path, tiny_bert: Path, rows: list[dict[str, Any]], message: str
+) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (workplace / "train.jsonl").write_text(text, encoding="utf-8")
+    write_settings(workplace, tiny_bert, "train.jsonl", "classification")
+    assert message in refuse("finetune", "config.yaml")
+
+
+def test_a_column_that_is_not_there_names_those_that_are(
+    refuse: Refuse, class_settings: Path
+) -> None:
+    said = refuse("finetune", class_settings, "task.columns={text: question}")
+    assert "`question`" in said
+    assert "`label`" in said
+
+
+def test_a_label_that_training_never_sees_is_named(
+    refuse: Refuse, workplace: Path, class_settings: Path
+) -> None:
+    row = {"text": "Which horse is it?", "label": "animal"}
+    (workplace / "held.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    said = refuse("finetune", class_settings, "task.validation=held.jsonl")
+    assert "animal" in said
+
+
+def test_rows_cut_down_to_nothing_are_refused(refuse: Refuse, chat_settings: Path) -> None:
+    said = refuse("finetune", chat_settings, "task.max_length=2", "task.too_long=truncate")
+    assert "task.max_length" in said
+
+
+def test_preview_refuses_with_the_same_code(refuse: Refuse, chat_settings: Path) -> None:
+    assert "at most 4 fit" in refuse("preview", chat_settings, "task.max_length=4")
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return change
+
+
+def overwrite(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content) and None
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove("model.safetensors"), "has no model.safetensors"),
+        (remove("config.json"), "has no config.json"),
+        (remove("tokenizer.json", "tokenizer_config.json"), "no tokenizer"),
+        (cut, "corrupt or cut short"),
+        (overwrite("model.safetensors", b"not tensors at all"), "corrupt or cut short"),
+        (overwrite("config.json", b"{"), "config.json"),
+        (overwrite("config.json", b'{"model_type": "martian"}'), "martian"),
+        (overwrite("tokenizer.json", b"{}"), "no tokenizer"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["finetune", "chat"])
+def test_a_model_folder_that_is_not_whole_says_what_is_missing(
+    refuse: Refuse,
+    workplace: Path,
+    tiny_llama: Path,
+    chat_file: Path,
+    change: Callable[[Path], None],
+    message: str,
+    verb: str,
+) -> None:
+    shutil.copytree(tiny_llama, workplace / "model")
+    change(workplace / "model")
+    settings = write_settings(workplace, Path("model"), chat_file, "chat")
+    said = refuse(verb, settings if verb == "finetune" else "model")
+    assert message in said
+    assert "`model" in said
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"GGUF", b"no gguf at all", b"", b"GGUF" + struct.pack("<IQQ", 3, 5, 9) + b"cut"],
+)
+def test_a_gguf_file_that_is_not_whole_is_refused(
+    refuse: Refuse, workplace: Path, chat_file: Path, content: bytes
+) -> None:
+    (workplace / "model.gguf").write_bytes(content)
+    write_settings(workplace, Path("model.gguf"), chat_file, "chat")
+    assert "`model.gguf`" in refuse("finetune", "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("model", "message", "hint"),
+    [
+        ("asset:smollm", "unknown asset `smollm`", "asset:smollm2-135m-instruct"),
+        ("asset:trec", "is data, not a model", "asset:smollm2-135m-instruct"),
+        ("no/such/folder", "`no/such/folder` does not exist", "model folder"),
+        ("nobody/nothing", "`nobody/nothing`", "asset:"),
+        ("lost.gguf", "`lost.gguf` does not exist", "gguf"),
+        ("", "`model`", "asset:"),
+    ],
+)
+def test_a_model_that_cannot_be_found_says_where_it_was_looked_for(
+    refuse: Refuse, chat_settings: Path, model: str, message: str, hint: str
+) -> None:
+    said = refuse("finetune", chat_settings, f"model='{model}'")
+    assert message in said
+    assert hint in said.partition("hint: ")[2]
+
+
+def test_an_unknown_data_asset_names_the_nearest(refuse: Refuse, chat_settings: Path) -> None:
+    said = refuse("finetune", chat_settings, "task.train=asset:alpaca")
+    assert "unknown asset `alpaca`" in said
+    assert "asset:alpaca-en" in said
+    said = refuse("finetune", chat_settings, "task.train=asset:smollm2-135m-instruct")
+    assert "is a model, not data" in said
+
+
+def test_an_encoder_neither_chats_nor_generates(
+    refuse: Refuse, workplace: Path, tiny_bert: Path, chat_file: Path
+) -> None:
+    assert "an encoder without a trained head" in refuse("chat", tiny_bert)
+    write_settings(workplace, tiny_bert, chat_file, "chat")
+    said = refuse("finetune", "config.yaml")
+    assert "task.kind: classification" in said
+
+
+def test_a_model_without_a_chat_template_is_told_of_chatml(
+    refuse: Refuse, workplace: Path, tiny_gpt2: Path, chat_file: Path
+) -> None:
+    shutil.copytree(tiny_gpt2, workplace / "model")
+    (workplace / "model" / "chat_template.jinja").unlink()
+    write_settings(workplace, Path("model"), chat_file, "chat")
+    assert "`task.template: chatml`" in refuse("finetune", "config.yaml")
+    assert "no chat template" in refuse("chat", "model")
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, chat_file: Path
+) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    finetune.run(
+        build_config(
+            finetune.Config,
+            {
+                "model": str(tiny_llama), "duration": "2 steps", "batch": "4 examples",
+                "task": {"kind": "chat", "train": str(chat_file)}, "precision": "fp32",
+                "num_workers": 0, "run_dir": str(folder), "evaluate": {"num_samples": 0},
+            },
+        )
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_run_folder_of_another_run_or_of_other_files_is_left_alone(
+    refuse: Refuse, workplace: Path, finished_run: Path, chat_settings: Path, resume: list[str]
+) -> None:
+    shutil.copytree(finished_run, workplace / "run")
+    said = refuse("finetune", chat_settings, "seed=1", *resume)
+    assert "holds a finished run" in said
+    (workplace / "foreign").mkdir()
+    (workplace / "foreign" / "thesis.tex").write_text("precious")
+    said = refuse("finetune", chat_settings, "run_dir=foreign", *resume)
+    assert "is not empty, and holds no run" in said
+    (workplace / "file").write_text("precious")
+    assert "`file` is a file" in refuse("finetune", chat_settings, "run_dir=file", *resume)
+    assert "file" in refuse("finetune", chat_settings, "run_dir=file/run", *resume)
+
+
+def test_an_unfinished_run_is_gone_on_with_by_resume(
+    refuse: Refuse, workplace: Path, finished_run: Path, chat_settings: Path
+) -> None:
+    shutil.copytree(finished_run, workplace / "run")
+    (workplace / "run" / "manifest.json").unlink()
+    assert "`--resume`" in refuse("finetune", chat_settings)
+    (workplace / "run" / "config.yaml").write_text("model: [torn", encoding="utf-8")
+    assert "cannot read" in refuse("finetune", chat_settings, "--resume")
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    refuse: Refuse, workplace: Path, finished_run: Path, tiny_gpt2: Path
+) -> None:
+    shutil.copytree(finished_run, workplace / "run")
+    (workplace / "run" / "manifest.json").unlink()
+    config = load_config(
+        finetune.Config, workplace / "run" / "config.yaml", [f"model={tiny_gpt2}", "run_dir=run"]
+    )
+    (workplace / "run" / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    said = refuse("finetune", "run/config.yaml", "--resume")
+    assert "is a checkpoint of another model" in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root may write")
+def test_a_folder_without_permission_is_refused(workplace: Path, chat_settings: Path) -> None:
+    pass
+
+
+def test_a_full_disk_is_said(workplace: Path, chat_settings: Path) -> None:
+    pass
+
+
+# -- what is used after training -------------------------------------------------------------------
+
+
+def test_evaluate_without_data_needs_a_run(
+    refuse: Refuse, tiny_llama: Path, finished_run: Path
+) -> None:
+    said = refuse("evaluate", tiny_llama)
+    assert "is not a run" in said
+    assert "`--data FILE`" in said
+    assert "`lost.jsonl` does not exist" in refuse("evaluate", tiny_llama, "--data", "lost.jsonl")
+    assert "`runs/lost` does not exist here" in refuse("evaluate", "runs/lost")
+
+
+def test_predict_never_overwrites(
+    refuse: Refuse, workplace: Path, tiny_llama: Path, chat_file: Path
+) -> None:
+    (workplace / "answers.jsonl").write_text("precious\n")
+    said = refuse("predict", tiny_llama, chat_file, "--output", "answers.jsonl")
+    assert "`answers.jsonl` exists" in said
+    said = refuse("predict", tiny_llama, chat_file, "--output", "answers.jsonl", "--resume")
+    assert "answers.jsonl:1" in said
+    said = refuse("predict", tiny_llama, chat_file, "--output", "lost/answers.jsonl")
+    assert "no folder `lost`" in said
+    assert "`--output FILE`" in refuse("predict", tiny_llama, chat_file, "--resume")
+    assert "`lost.jsonl` does not exist" in refuse("predict", tiny_llama, "lost.jsonl")
+
+
+def test_report_needs_a_run(refuse: Refuse, workplace: Path, finished_run: Path) -> None:
+    (workplace / "empty").mkdir()
+    assert "`empty`" in refuse("report", "empty")
+    assert "`lost`" in refuse("report", "lost")
+    (workplace / "file").write_text("precious")
+    assert "cannot be written" in refuse("report", finished_run, "--output", "file/page.html")
+
+
+# -- in a process of its own -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("duration=3", "the unit is missing"),
+        ("task.train=lost.jsonl", "`lost.jsonl` does not exist"),
+    ],
+)
+def test_a_process_ends_with_code_two_and_no_traceback(
+    workplace: Path, chat_settings: Path, override: str, message: str
+) -> None:
+    before = contents(workplace)
+    done = subprocess.run(
+        [sys.executable, "-m", "fulltune", "finetune", str(chat_settings), override],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert message in checked(done.stderr, done.stdout, done.returncode, 2, before, workplace)
