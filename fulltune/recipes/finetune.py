@@ -540,6 +540,7 @@ class Trainer:
         """Measure on the validation split; True asks to stop early."""
         if self.config.task.validation is None and not self.retention:
             return False
+        self.display.stage("evaluating")
         metrics: dict[str, float] = {}
         if self.config.task.validation is not None:
             result: EvaluationResult = evaluate_model(
@@ -587,6 +588,7 @@ class Trainer:
         count = self.config.evaluate.num_samples
         if self.config.task.kind != "chat" or not count or not len(self.prepared.validation):
             return
+        self.display.stage("answering held-out prompts")
         wheres = [
             self.prepared.dataset.where(int(index))
             for index in self.prepared.validation[: 4 * count]
