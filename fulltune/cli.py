@@ -33,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+FLAG = " "  # typer would show `<bool>`
 File = Annotated[Path, typer.Argument(help="Settings file (YAML).", metavar="FILE")]
 Overrides = Annotated[
     list[str] | None,
@@ -40,7 +41,9 @@ Overrides = Annotated[
         help="Settings that differ from the file, such as `optimizer.lr=5e-5`.", metavar="KEY=VALUE"
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Json = Annotated[
+    bool, typer.Option("--json", metavar=FLAG, help="Print JSON for a program to read.")
+]
 Model = Annotated[
     str,
     typer.Argument(
@@ -48,7 +51,7 @@ Model = Annotated[
         metavar="MODEL",
     ),
 ]
-Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="`auto`, `cpu`, `cuda` or `cuda:N`.")]
 SECONDS_FOR_THE_FIRST_RANK = 10
 TRAIN, USE, LIST = "Train", "Use what was trained", "See what there is"
 
@@ -58,9 +61,11 @@ TRAIN, USE, LIST = "Train", "Use what was trained", "See what there is"
 
 @app.command(rich_help_panel=TRAIN)
 def demo(
-    run_dir: Annotated[str, typer.Option(help="Folder of the run.")] = "runs/demo",
+    run_dir: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Folder of the run.")
+    ] = "runs/demo",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted demo.")
+        bool, typer.Option("--resume", metavar=FLAG, help="Go on with an interrupted demo.")
     ] = False,
 ) -> None:
     """Fine-tune all weights of SmolLM2-135M on real instructions; nothing to configure."""
@@ -73,8 +78,8 @@ def demo(
 def preview(
     file: File,
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(min=0, help="Examples shown by token.")] = 3,
-    html: Annotated[Path | None, typer.Option(help="Also write a page.", dir_okay=False)] = None,
+    samples: Annotated[int, typer.Option(min=0, metavar="N", help="Examples shown by token.")] = 3,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a run would train on: coloured tokens, counts, leaks between splits."""
@@ -94,11 +99,14 @@ def finetune(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on from the last checkpoint, or start where there is none."
+            "--resume",
+            metavar=FLAG,
+            help="Go on from the last checkpoint, or start where there is none.",
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the full settings, and train nothing.")
+        bool,
+        typer.Option("--dry-run", metavar=FLAG, help="Print the full settings, and train nothing."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -116,6 +124,7 @@ def finetune(
 def _finetune(config: finetune_recipe.Config, *, resume: bool, as_json: bool = False) -> None:
     from fulltune.recipes import demo as demo_recipe
     from fulltune.recipes import finetune as recipe
+    from fulltune.tracking import format_number, name_of
 
     result = recipe.run(config, resume=resume)
     if not result.is_main:
@@ -136,6 +145,9 @@ def _finetune(config: finetune_recipe.Config, *, resume: bool, as_json: bool = F
         typer.echo(f"{run_dir} is finished already")
     for sample in demo_recipe.compare_samples(run_dir):
         _print_sample(sample)
+    if result.metrics:
+        values = (f"{name_of(key)} {format_number(value)}" for key, value in result.metrics.items())
+        typer.echo(f"result  {', '.join(values)}")
     kind = config.task.kind
     verb = "chat" if kind == "chat" else "evaluate"
     typer.echo(f"model   {run_dir / 'model'}")
@@ -174,11 +186,16 @@ def _free_folder(folder: str, resume: bool) -> str:
 def evaluate(
     model: Model,
     data: Annotated[
-        str | None, typer.Option(help="Labelled rows; without it, the validation split of the run.")
+        str | None,
+        typer.Option(
+            metavar="SOURCE", help="Labelled rows; without it, the validation split of the run."
+        ),
     ] = None,
     columns: Annotated[
         list[str] | None,
-        typer.Option("--column", help="Our field and your column, `text=question`."),
+        typer.Option(
+            "--column", metavar="OURS=YOURS", help="Our field and your column, `text=question`."
+        ),
     ] = None,
     too_long: Annotated[
         Literal["error", "truncate", "drop"],
@@ -212,24 +229,33 @@ def predict(
         str, typer.Argument(help="Rows in any format that training reads.", metavar="INPUT")
     ],
     output: Annotated[
-        Path | None, typer.Option(help="JSON Lines to write; without it, stdout.")
+        Path | None, typer.Option(metavar="FILE", help="JSON Lines to write; without it, stdout.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after the lines already written.")
+        bool, typer.Option("--resume", metavar=FLAG, help="Go on after the lines already written.")
     ] = False,
     columns: Annotated[
         list[str] | None,
-        typer.Option("--column", help="Our field and your column, `text=question`."),
+        typer.Option(
+            "--column", metavar="OURS=YOURS", help="Our field and your column, `text=question`."
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Longest answer in tokens.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="X", help="0 takes the likeliest token.")
+    ] = 0.0,
     top_p: Annotated[
         float,
         typer.Option(
-            min=0.0, max=1.0, help="Sample from the likeliest tokens of this probability."
+            min=0.0,
+            max=1.0,
+            metavar="X",
+            help="Sample from the likeliest tokens of this probability.",
         ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the samples.")] = 0,
     too_long: Annotated[
         Literal["error", "truncate"],
         typer.Option(help="Classification: what happens to a text longer than the context."),
@@ -262,9 +288,13 @@ def predict(
 @app.command(rich_help_panel=USE)
 def chat(
     model: Model,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Longest answer in tokens.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="X", help="0 takes the likeliest token.")
+    ] = 0.0,
     device: Device = "auto",
 ) -> None:
     """Talk with a model in the terminal."""
@@ -282,7 +312,9 @@ def report(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="The page to write; without it, `report.html` in the first run."),
+        typer.Option(
+            metavar="FILE", help="The page to write; without it, `report.html` in the first run."
+        ),
     ] = None,
 ) -> None:
     """Write one page of curves, settings, data and samples; several runs side by side."""
@@ -312,8 +344,8 @@ def settings(
         return
     _print_table(
         f"Settings of fulltune {verb}",
-        ("setting", "accepts", "default", "meaning"),
-        [(row.key, row.kind, row.default, row.meaning) for row in rows],
+        ("setting", "default", "meaning, and what is accepted"),
+        [(row.key, row.default, f"{row.meaning}\n{row.kind}") for row in rows],
     )
 
 
@@ -348,49 +380,75 @@ def tasks(as_json: Json = False) -> None:
 
 @app.command(rich_help_panel=LIST)
 def models(as_json: Json = False) -> None:
-    """List the families of models and the models that can be fetched by name."""
-    _print_assets("model", as_json)
+    """List the families of models, and the models that can be fetched by name."""
+    from fulltune.models.families import FAMILIES
+
+    families: dict[tuple[str, bool], list[str]] = {}
+    for name, family in FAMILIES.items():
+        tasks = "chat, text, classification" if family.predicts_next_token else "classification"
+        families.setdefault((tasks, family.can_pack), []).append(name)
+    if as_json:
+        _print_json(
+            {
+                "families": [
+                    {"tasks": tasks.split(", "), "packs": packs, "model_types": names}
+                    for (tasks, packs), names in families.items()
+                ],
+                "models": _describe_assets("model"),
+            }
+        )
+        return
+    _print_table(
+        "Families",
+        ("tasks", "packs", "model types of transformers"),
+        [
+            (tasks, "yes" if packs else "no", ", ".join(names))
+            for (tasks, packs), names in sorted(families.items())
+        ]
+        + [("chat, text, classification", "no", "every other decoder with a language model head")],
+    )
+    typer.echo()
+    _print_assets("model")
+    typer.echo("\nAlso a model folder, a run folder, a .gguf file, or a Hub name, OWNER/NAME.")
 
 
 @app.command(rich_help_panel=LIST)
 def assets(as_json: Json = False) -> None:
     """List models and data that can be fetched by name, with source and licence."""
-    _print_assets(None, as_json)
+    if as_json:
+        _print_json(_describe_assets(None))
+        return
+    _print_assets("model")
+    typer.echo()
+    _print_assets("data")
 
 
-def _print_assets(kind: str | None, as_json: bool) -> None:
+def _describe_assets(kind: str | None) -> list[dict[str, str]]:
     from fulltune.assets import list_assets
 
-    rows = [asset for asset in list_assets() if kind in (None, asset.kind)]
-    if as_json:
-        _print_json(
-            [
-                {
-                    "name": f"asset:{asset.name}", "kind": asset.kind, "summary": asset.summary,
-                    "licence": asset.licence, "source": asset.source,
-                    "package": f"{asset.package}=={asset.version}",
-                }
-                for asset in rows
-            ]
-        )  # fmt: skip
-        return
+    return [
+        {
+            "name": f"asset:{asset.name}", "kind": asset.kind, "summary": asset.summary,
+            "licence": asset.licence, "source": asset.source,
+            "package": f"{asset.package}=={asset.version}",
+        }
+        for asset in list_assets()
+        if kind in (None, asset.kind)
+    ]  # fmt: skip
+
+
+def _print_assets(kind: str) -> None:
     _print_table(
-        "Models" if kind else "Assets",
-        ("name", "what it is", "licence", "package"),
+        "Models by name" if kind == "model" else "Data by name",
+        ("name", "what it is; source, licence and package"),
         [
             (
-                f"asset:{asset.name}",
-                asset.summary,
-                asset.licence,
-                f"{asset.package} {asset.version}",
+                row["name"],
+                f"{row['summary']}\n{row['source']}; {row['licence']}; {row['package']}",
             )
-            for asset in rows
+            for row in _describe_assets(kind)
         ],
     )
-    if kind:
-        typer.echo(
-            "Also a local folder, a run folder, a .gguf file, or a Hub name such as OWNER/NAME."
-        )
 
 
 # -- printing --------------------------------------------------------------------------------------
@@ -401,16 +459,19 @@ def _print_json(value: object) -> None:
 
 
 def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Print rows without borders; what follows the first line of a cell is dimmed."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", show_lines=False, expand=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.padding = (0, 2, 0, 0)
     for index, name in enumerate(header):
-        table.add_column(name, no_wrap=index == 0, overflow="fold")
+        table.add_column(name, no_wrap=index == 0, overflow="fold", header_style="dim")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+        cells = [cell.partition("\n") for cell in row]
+        table.add_row(*(Text(first + feed).append(rest, "dim") for first, feed, rest in cells))
+    Console(highlight=False).print(table)
 
 
 def _print_metrics(report: Any) -> None:

@@ -1,4 +1,4 @@
-"""`fulltune finetune`: all weights of a model, on one task, from settings to a finished run folder."""
+"""`fulltune finetune`: all weights of a model, on one task, from settings to a finished folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fulltune.data.loader import Loader, StepPlan, num_steps, prefetch
 from fulltune.data.preview import require_sound, to_json
 from fulltune.data.records import read_records
 from fulltune.data.tasks import ChatExample, TaskConfig, TextExample
-from fulltune.errors import CheckpointError, ConfigError
+from fulltune.errors import CheckpointError, ConfigError, RunFolderError
 from fulltune.evaluate.evaluator import (
     BestTracker,
     EvaluateConfig,
@@ -329,7 +329,7 @@ class Trainer:
         """The base model in float32, its head new where it has none; the same for the same seed."""
         seed_everything(self.config.seed)
         labels = getattr(self.objective, "labels", None)
-        model = load_model(
+        model: PreTrainedModel = load_model(
             self.base.path,
             head=self.objective.head,
             labels=labels,
@@ -338,7 +338,8 @@ class Trainer:
             dropout=self.config.dropout,
             seed=self.config.seed,
         )
-        return model.to(self.runtime.device)
+        torch.nn.Module.to(model, self.runtime.device)  # in place
+        return model
 
     def _plan(self, base_bytes: int) -> MemoryPlan:
         device = self.runtime.device
@@ -483,6 +484,7 @@ class Trainer:
         if self.flops is not None:
             done = self.flops.body * result.num_tokens + self.flops.head * result.num_targets
             share = done / seconds / self.precision.matmul_rate / self.runtime.world_size
+        memory = peak_memory_bytes(self.runtime.device)
         values = {
             "loss": result.loss,
             "lr": self.optimizer.lr(step),
@@ -491,7 +493,7 @@ class Trainer:
             "num_tokens": result.num_tokens,
             "tokens_per_second": speed,
             "matmul_share": share,
-            "memory_bytes": peak_memory_bytes(self.runtime.device),
+            "memory_bytes": memory,
             "updates_rounded_away": result.updates_rounded_away,
             "epoch": plan.epoch
             + (plan.step_in_epoch + 1) / self.loader.steps_per_epoch(plan.epoch),
@@ -500,7 +502,7 @@ class Trainer:
         self.tracker.write("step", step=step + 1, **values)
         self.display.step(step + 1, values)
         if step + 1 == 3:
-            self._check_memory(values["memory_bytes"])
+            self._check_memory(memory)
         if self.spikes.is_spike(result.loss):
             rows = [example["where"] for micro in micro_batches for example in micro.examples]
             self.tracker.write("spike", step=step + 1, loss=result.loss, rows=rows)
@@ -517,7 +519,8 @@ class Trainer:
             parts=dict(self.plan.parts),
         )  # fmt: skip
         self.display.notice(
-            f"memory: {format_bytes(measured)} at the peak, {format_bytes(predicted)} predicted ({error:+.0%})"
+            f"memory: {format_bytes(measured)} at the peak, {format_bytes(predicted)} predicted "
+            f"({error:+.0%})"
         )
 
     def _explain_nonfinite(self, error: NonFiniteError, micro_batches: list[MicroBatch]) -> None:
@@ -530,8 +533,8 @@ class Trainer:
         self.tracker.write("nonfinite", step=error.step, message=str(error), rows=rows)
         named = f"rows: {', '.join(rows[:10])}" if rows else "no single row is at fault"
         error.hint = (
-            f"{named}; the last checkpoint is intact. Look at these rows with `fulltune preview`, or lower "
-            "`optimizer.lr`"
+            f"{named}; the last checkpoint is intact. Look at these rows with `fulltune preview`, "
+            "or lower `optimizer.lr`"
         )
 
     # -- once in a while ---------------------------------------------------------------------------
@@ -720,6 +723,10 @@ class Trainer:
         if self.best.best_step is not None and self.best.best_step != step and best.exists():
             self._write_model(self.folder / "model-last")
             self._take(best)
+            self.display.notice(
+                f"the weights of step {self.best.best_step} are kept, the best by "
+                f"`{self.best.metric}`; those of step {step} are in `model-last`"
+            )
         self._sample(step)
         change = self._weight_change()
         self._say_what_moved(change)
@@ -749,7 +756,11 @@ class Trainer:
         )  # fmt: skip
         # The report reads the manifest; only the last write says that all of it is there.
         write_manifest(self.folder, {**manifest, "finished": False})
-        write_report([self.folder], self.folder / "report.html")
+        try:
+            write_report([self.folder], self.folder / "report.html")
+        except RunFolderError as error:
+            error.hint = "free some space, then go on with `--resume`: only the report is missing"
+            raise
         write_manifest(self.folder, manifest)
 
     def _take(self, best: Path) -> None:

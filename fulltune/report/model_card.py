@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from fulltune.tracking import format_bytes, format_duration, format_number
+from fulltune.tracking import format_bytes, format_duration, format_number, name_of
 
 _TAGS = {
     "chat": ["text-generation", "conversational"],
@@ -136,7 +136,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _words(key: str) -> str:
-    return _line(key).replace("_", " ")
+    return _line(name_of(key))
 
 
 def _value(value: object) -> str:

@@ -29,7 +29,7 @@ from fulltune.report.charts import (
 )
 from fulltune.report.model_card import flatten, render_model_card
 from fulltune.report.run_record import MetricCourse, RunRecord, read_run
-from fulltune.tracking import format_bytes, format_duration, format_number
+from fulltune.tracking import format_bytes, format_duration, format_number, name_of
 
 __all__ = ["render_model_card", "write_report"]
 
@@ -54,15 +54,7 @@ _EVENT_WORDS = {
     "note": "note",
 }
 
-_NAMES = {
-    "macro_f1": "macro F1",
-    "weighted_f1": "weighted F1",
-    "matthews": "Matthews correlation",
-    "lr": "learning rate",
-    "cpu": "CPU",
-    "gpu": "GPU",
-    "git_commit": "git commit",
-}
+_NAMES = {"cpu": "CPU", "gpu": "GPU"}
 
 NUM_NAMED = 8
 """Rows named of those that a spike or a value that is not finite came from."""
@@ -116,6 +108,7 @@ def describe_run(run: RunRecord) -> dict[str, Any]:
     """What the page of one run shows, ready for its template."""
     facts, findings = (run.data.facts, run.data.findings) if run.data else (None, ())
     memory, memory_chart = _memory(run)
+    judged = run.main_course()
     labelled = facts is not None and any(split.labels for split in facts.splits)
     return {
         "title": run.name,
@@ -126,6 +119,7 @@ def describe_run(run: RunRecord) -> dict[str, Any]:
         "caution": _caution(run),
         "results": _results(run),
         "kept_step": run.kept_step,
+        "judged": f"{judged.split} {_words(judged.metric)}" if judged is not None else "",
         "charts": _run_charts(run),
         "mark_keys": list(dict.fromkeys((mark.kind, mark.label) for mark in _marks(run))),
         "events": _events(run),
@@ -252,13 +246,10 @@ def _machine(run: RunRecord) -> tuple[str, str] | None:
 
 def _results(run: RunRecord) -> list[tuple[str, ...]]:
     """Name of each metric, then its value before training, of the kept weights, and at the end."""
-    judged = run.main_course()
     rows: list[tuple[str, ...]] = []
     for course in run.courses():
         kept = course.at(run.kept_step)
         name = f"{course.split} {_words(course.metric)}"
-        if judged is not None and course.metric == judged.metric:
-            name += " (decides which weights are kept)"
         before = course.first[1] if course.first[0] == 0 else None
         cells = (before, kept, course.last[1])
         rows.append(
@@ -436,8 +427,13 @@ def _memory(run: RunRecord) -> tuple[str, Markup]:
         f"{format_bytes(predicted)} predicted before the first step, {format_bytes(measured)} "
         f"measured after step {event['step']} ({float(event['error']):+.0%})"
     )
-    bars = [("measured", measured), ("predicted", predicted)]
-    bars += [(f"· {_words(part)}", float(size)) for part, size in event["parts"].items()]
+    bars = [(f"measured, step {event['step']}", measured)]
+    peak = _peak_memory(run)
+    if peak > measured:
+        sentence += f", {format_bytes(peak)} at most in the whole run"
+        bars.insert(0, ("measured, whole run", peak))
+    bars.append(("predicted", predicted))
+    bars += [(f"· {_words(part)}", float(size)) for part, size in event["parts"].items() if size]
     chart = bar_chart(bars, title="Memory, predicted and measured", show=format_bytes)
     return sentence, Markup(chart)
 
@@ -613,7 +609,7 @@ def _title(text: str) -> str:
 
 
 def _words(key: str) -> str:
-    return _NAMES.get(key) or str(key).replace("_", " ").replace(".", " ")
+    return _NAMES.get(key) or name_of(key).replace(".", " ")
 
 
 def _fact(key: str, value: object) -> str:
@@ -631,7 +627,7 @@ def _fact(key: str, value: object) -> str:
 def _setting(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(str(item) for item in value) or "none"
-    if value is None:
+    if value is None or value == {}:
         return "none"
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 

@@ -16,6 +16,7 @@ from fulltune.tracking.numbers import (
     format_bytes,
     format_duration,
     format_number,
+    name_of,
     printable,
 )
 from fulltune.tracking.sinks import Tracker, TrackingConfig
@@ -31,6 +32,7 @@ __all__ = [
     "format_duration",
     "format_number",
     "make_display",
+    "name_of",
     "printable",
     "read_metrics",
     "stderr_console",

@@ -25,6 +25,7 @@ from fulltune.tracking.numbers import (
     format_bytes,
     format_duration,
     format_number,
+    name_of,
     printable,
     sparkline,
 )
@@ -84,7 +85,7 @@ class Display(Protocol):
         """Show the values of a `step` event."""
 
     def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show the values of an `evaluation` event, `best` among them where it is the best so far."""
+        """Show the values of an `evaluation` event; `best` says that it is the best so far."""
 
     def notice(self, text: str) -> None:
         """Show one line that should be seen: a checkpoint saved, a spike, a resume."""
@@ -339,20 +340,30 @@ class LiveDisplay:
         assert self._last is not None
         step, values = self._last
         line = Text.assemble((f"{values.get('split', 'validation')}  ", "dim"))
-        for position, (name, value) in enumerate(_metrics(values).items()):
-            line.append("  " if position else "")
-            line.append(f"{name} ")
-            line.append(format_number(value), style="bold" if name == self._metric else "")
-        line.append(f"  at step {step:,}", style="dim")
-        if self._best is not None:
-            best_step, best = self._best
-            if best_step == step:
-                line.append("  ★ best", style="green")
-            else:
-                line.append(f"  best {format_number(best)} at {best_step:,}", style="dim")
-        if self._first is not None and self._first[0] != step:
-            line.append(f"  first {format_number(self._first[1])}", style="dim")
+        metrics = _metrics(values)
+        if self._metric in metrics:
+            line.append(f"{name_of(self._metric)} ")
+            line.append(format_number(metrics.pop(self._metric)), style="bold")
+            line.append_text(self._draw_standing(step))
+            line.append("  ")
+        for name, value in metrics.items():
+            line.append(f"{name_of(name)} {format_number(value)}  ")
+        line.append(f"at step {step:,}", style="dim")
         return line
+
+    def _draw_standing(self, step: int) -> Text:
+        """Where the last evaluation stands beside the first and the best."""
+        standing = Text()
+        notes = []
+        if self._best is not None and self._best[0] == step:
+            standing.append(" ★ best", style="green")
+        elif self._best is not None:
+            notes.append(f"best {format_number(self._best[1])} at {self._best[0]:,}")
+        if self._first is not None and self._first[0] != step:
+            notes.append(f"first {format_number(self._first[1])}")
+        if notes:
+            standing.append(f" ({', '.join(notes)})", style="dim")
+        return standing
 
 
 def _bar_line(description: str, done: int, total: int | None, counts: str) -> Table:
@@ -404,7 +415,7 @@ def _speak(name: str, text: str) -> str:
         "tok/s": f"{text} tok/s",
         "matmul": f"{text} of measured matrix rate",
         "mem": f"{text} memory",
-        "rounded": f"{text} of updates below bf16",
+        "rounded": f"bf16 alone would lose {text} of updates",
     }.get(name, f"{name} {text}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+
 def format_bytes(num_bytes: float) -> str:
     """Memory in the units of a system monitor: `1.9 GiB`, `412 MiB`."""
     if num_bytes >= 1024**3:
@@ -37,6 +38,19 @@ def format_number(value: float) -> str:
         return f"{value:.2e}"
     decimals = max(0, 3 - math.floor(math.log10(magnitude)))
     return f"{value:.{min(decimals, 4)}f}"
+
+
+def name_of(key: str) -> str:
+    """A metric or a value as people call it: `macro F1`, `learning rate`."""
+    return _NAMES.get(key) or key.replace("_", " ")
+
+
+_NAMES = {
+    "macro_f1": "macro F1",
+    "weighted_f1": "weighted F1",
+    "matthews": "Matthews correlation",
+    "lr": "learning rate",
+}
 
 
 def sparkline(values: list[float], width: int) -> str:
