@@ -128,6 +128,8 @@ def run_benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             check_counts(run, facts)
             run |= {"round": round_index, "imports_bytes": imports[peer]}
             runs.append(run)
+            with (folder / "runs.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(run) + "\n")  # what is measured stays, whatever comes next
             say(
                 f"    {run['tokens_per_second']:.0f} tokens/s, {run['peak_bytes'] / GIB:.2f} GiB, "
                 f"held-out loss {run['held_out_loss']:.4f}"
@@ -187,6 +189,7 @@ def run_peer(
         "held_out_loss": judge(str(model_out), folder, options)["loss"],
         "peak_bytes": child["peak_bytes"],
         "wall_seconds": child["wall_seconds"],
+        "cpu_seconds": child["cpu_seconds"],
         **rates_of(child["steps"], options.skip),
         "steps": child["steps"],
     }
@@ -321,6 +324,7 @@ def run_child(
     return {
         "peak_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "wall_seconds": time.perf_counter() - start,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
     }
 
 

@@ -158,7 +158,7 @@ def run_trainer(trainer: Any, job: dict[str, Any]) -> list[dict[str, float]]:
     from transformers import TrainerCallback
 
     counts: list[tuple[int, int]] = []
-    seconds: list[float] = []
+    seconds: list[tuple[float, float]] = []
     collate = trainer.data_collator
 
     def counted(features: list[Any]) -> Any:
@@ -170,12 +170,12 @@ def run_trainer(trainer: Any, job: dict[str, Any]) -> list[dict[str, float]]:
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.last = time.perf_counter()
+            self.last, self.last_cpu = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            now = time.perf_counter()
-            seconds.append(now - self.last)
-            self.last = now
+            now, cpu = time.perf_counter(), time.process_time()
+            seconds.append((now - self.last, cpu - self.last_cpu))
+            self.last, self.last_cpu = now, cpu
 
     # Trainer's own warmup wastes the first step on a rate of zero; this one is everybody's.
     trainer.create_optimizer()
@@ -189,8 +189,14 @@ def run_trainer(trainer: Any, job: dict[str, Any]) -> list[dict[str, float]]:
     trainer.save_model(job["model_out"])
     # Batches are collated one ahead of their step, in order; the trainer may prefetch one more.
     return [
-        {"seconds": second, "tokens": tokens, "targets": targets, "loss": loss}
-        for second, (tokens, targets), loss in zip(
+        {
+            "seconds": second,
+            "cpu_seconds": cpu_second,
+            "tokens": tokens,
+            "targets": targets,
+            "loss": loss,
+        }
+        for (second, cpu_second), (tokens, targets), loss in zip(
             seconds, counts[: len(seconds)], losses, strict=True
         )
     ]
@@ -225,7 +231,7 @@ def train_hand(rows: list[Row], job: dict[str, Any]) -> list[dict[str, float]]:
     )
     head_VD = model.get_output_embeddings().weight
     steps = []
-    last = time.perf_counter()
+    last, last_cpu = time.perf_counter(), time.process_time()
     for step in range(job["steps"]):
         batch = rows[step * job["batch"] : (step + 1) * job["batch"]]
         input_ids_T = torch.tensor([token for row in batch for token in row["input_ids"]])
@@ -254,16 +260,17 @@ def train_hand(rows: list[Row], job: dict[str, Any]) -> list[dict[str, float]]:
         optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_copy_(weights, masters)
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()
         steps.append(
             {
                 "seconds": now - last,
+                "cpu_seconds": cpu - last_cpu,
                 "tokens": len(input_ids_T),
                 "targets": len(where_N),
                 "loss": loss_sum,
             }
         )
-        last = now
+        last, last_cpu = now, cpu
     model.save_pretrained(job["model_out"])
     AutoTokenizer.from_pretrained(job["model"]).save_pretrained(job["model_out"])
     return steps
