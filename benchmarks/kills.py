@@ -3,13 +3,14 @@
     python benchmarks/kills.py --kills 200
 
 Trains a tiny Llama on conversations in child processes that save a checkpoint after every step. A
-child says over a pipe what it is about to do (read data, take a step, evaluate, save, write the best,
-export, write the report, ...). The parent aims at one such moment, waits a random part of the time it
-usually takes, kills the child with SIGKILL, and starts another with `--resume`. When the run comes to
-its end, its weights, optimizer state, exported model, logged steps and samples and the names of its
-files must be those of a run that was never disturbed. Prints a line a run, and a summary as JSON.
+child says over a pipe what it is about to do (read data, take a step, evaluate, save, write the
+best, export, write the report, ...). The parent aims at one such moment, waits a random part of the
+time it usually takes, kills the child with SIGKILL, and starts another with `--resume`. When the
+run comes to its end, its weights, optimizer state, exported model, logged steps and samples and the
+names of its files must be those of a run that was never disturbed. Every second run stops early and
+takes its best weights. Prints a line a run, and a summary as JSON.
 
-A SIGKILL leaves the operating system's cache alone, so this does not show what a power failure does.
+A SIGKILL leaves the operating system's cache alone: this says nothing about a power failure.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "writing the report": (finetune, "write_report"),
     "writing the manifest": (finetune, "write_manifest"),
 }
-"""What a child announces, and the function in which it is done. A save of the best weights has a name
-of its own, `saving the best`; `starting` is everything before the first announcement."""
+"""What a child announces, and the function in which it is done. A save of the best weights is
+called `saving the best`; `starting` is everything before the first announcement."""
 AT_THE_END = {
     "exporting", "replacing the model", "writing small files", "writing the report",
     "writing the manifest",
@@ -172,9 +173,7 @@ class Harness:
             else:  # not yet the end, or there would be nothing left to disturb
                 late = number >= kills / 2
                 passed = {"sampling"} if saved else {"restoring"}
-                names = [
-                    name for name in NAMES if late or name not in AT_THE_END and name not in passed
-                ]
+                names = [name for name in NAMES if late or name not in AT_THE_END | passed]
             rarest = min(self.tally.aimed[name] for name in names)
             aim = self.chance.choice(
                 [name for name in names if self.tally.aimed[name] <= rarest + 1]

@@ -106,7 +106,7 @@ class Config(Settings):
     """Settings of `fulltune finetune`."""
 
     model: str
-    """What to start from: a directory, a Hub name, a `.gguf` file, a run folder, or `asset:NAME`."""
+    """What to start from: a folder, a Hub name, a `.gguf` file, a run folder, or `asset:NAME`."""
     task: TaskConfig
     scope: Scope = "all"
     """Which weights are trained: `all`, `head`, or `last N layers` with the head."""
@@ -122,7 +122,7 @@ class Config(Settings):
     """What one optimizer step sees, over all micro-batches and ranks."""
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Precision = "auto"
-    """Of the forward and backward pass; the weights are kept in float32 either way. `auto` measures."""
+    """Of the forward and backward pass; weights are kept in float32 either way. `auto` measures."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     memory: MemorySetting = "auto"

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is written into a hidden temporary folder, every file fsynced and hashed into a manifest,
-and the folder renamed: whoever finds `step-00000100` finds all of it. One whose manifest does not
-match is never loaded; the last valid one is.
+A checkpoint is written into a hidden temporary folder, every file fsynced and hashed into a
+manifest, and the folder renamed: whoever finds `step-00000100` finds all of it. One whose manifest
+does not match is never loaded; the last valid one is.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def prune_checkpoints(folder: Path, *, keep: int) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what interrupted saves and removals left behind; complete replaced ones are put back."""
+    """Remove what interrupted saves and removals left; complete replaced ones are put back."""
     for path in folder.glob(".*.old"):
         name = path.name.split(".")[1]
         if not (folder / name).exists() and find_damage(path) is None:

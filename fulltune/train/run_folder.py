@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what it was started with, and that no other run writes into it."""
+"""The folder of a run: whose it is, what it began with, and that no other run writes into it."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ def train_step(
 ) -> StepResult:
     """Update ``model`` once from the micro-batches that this rank holds.
 
-    Every target weighs the same in the update, in whichever micro-batch and on whichever rank it is:
-    losses are summed, and divided once by the number of targets over all ranks.
+    Every target weighs the same in the update, in whichever micro-batch and on whichever rank it
+    is: losses are summed, and divided once by the number of targets over all ranks.
 
     Raises:
         NonFiniteError: a loss or the gradient is not finite; on every rank, before any update.
