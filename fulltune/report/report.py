@@ -247,7 +247,8 @@ def _machine(run: RunRecord) -> tuple[str, str] | None:
 def _results(run: RunRecord) -> list[tuple[str, ...]]:
     """Name of each metric, then its value before training, of the kept weights, and at the end."""
     rows: list[tuple[str, ...]] = []
-    for course in run.courses():
+    judged = run.main_course()
+    for course in sorted(run.courses(), key=lambda course: course != judged):
         kept = course.at(run.kept_step)
         name = f"{course.split} {_words(course.metric)}"
         before = course.first[1] if course.first[0] == 0 else None
@@ -469,7 +470,8 @@ def describe_comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
         train.append(Series(names[index], smoothed, colour=index))
     charts.append(_figure(train, "Training loss, running median", "nats per target", ()))
     courses = [{(c.split, c.metric): c for c in run.courses()} for run in runs]
-    keys = list(dict.fromkeys(key for of_run in courses for key in of_run))
+    judged = [(c.split, c.metric) for c in (run.main_course() for run in runs) if c is not None]
+    keys = list(dict.fromkeys([*judged, *(key for of_run in courses for key in of_run)]))
     for split, metric in keys:
         factor = 100.0 if _is_share(metric) else 1.0
         series = [
@@ -512,7 +514,7 @@ def describe_comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
     differing = [
         (key, [settings.get(key, "–") for settings in flat])
         for key in dict.fromkeys(key for settings in flat for key in settings)
-        if len({settings.get(key, "–") for settings in flat}) > 1
+        if key != "run_dir" and len({settings.get(key, "–") for settings in flat}) > 1
     ]
     return {
         "title": f"{len(runs)} runs compared",
@@ -535,7 +537,7 @@ def _run_rows(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         return format_bytes(peak) if peak else "–"
 
     return [
-        row("steps", lambda run: f"{run.last_step:,}"),
+        row("steps made", lambda run: f"{run.last_step:,}"),
         row("time", lambda run: format_duration(run.duration_seconds)),
         row("memory, at most", memory),
         row("machine", lambda run: " · ".join(filter(None, _machine(run) or ("–",)))),

@@ -284,7 +284,7 @@ def test_a_chat_report_says_what_was_trained_how_well_and_on_what(tmp_path: Path
         "SmolLM2-135M-Instruct · chat",
         "finished",
         "2.800 before training",
-        "kept weights, step 200",
+        "kept weights, step\xa0200",
         "All 134,515,008 parameters trained on data/train.jsonl (18,441 train, 969 validation",
         "52:30",
         "AMD EPYC 9R14",
@@ -437,7 +437,7 @@ def test_the_report_of_a_real_run_shows_everything_the_run_wrote(
         assert promised in text, promised
     for value in manifest["results"].values():
         assert format_number(value) in text or f"{value:.1%}" in text
-    assert f"kept weights, step {manifest['best_step']}" in text
+    assert f"kept weights, step\xa0{manifest['best_step']}" in text
     assert "None" not in text
     if kind == "chat":
         assert "before training" in text
