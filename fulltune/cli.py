@@ -163,8 +163,8 @@ def _print_sample(sample: Any) -> None:
     table = Table(
         title=Text(f"Prompt: {sample.prompt}", style="bold"), title_justify="left", expand=True
     )
-    table.add_column("before", ratio=1)
-    table.add_column("after", ratio=1)
+    table.add_column("before", ratio=1, overflow="fold")
+    table.add_column("after", ratio=1, overflow="fold")
     table.add_row(Text(sample.before), Text(sample.after))
     Console().print(table)
 
