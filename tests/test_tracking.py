@@ -220,7 +220,9 @@ def run_display(display: LiveDisplay | PlainDisplay) -> None:
         display.progress("counting", 3, None)
         display.step(1, STEP)
         display.step(2, {**STEP, "loss": math.nan, "updates_rounded_away": 0.31})
-        display.evaluation(2, {"split": "validation", "loss": 1.9, "perplexity": 6.68, "best": True})
+        display.evaluation(
+            2, {"split": "validation", "loss": 1.9, "perplexity": 6.68, "best": True}
+        )
         display.notice("spike at step 2 \x1b[31m[red]\x07")
 
 
@@ -239,6 +241,20 @@ def test_plain_lines_are_aligned_and_hold_no_control_characters() -> None:
     assert lines[4] == "eval    2  validation  loss 1.900  perplexity 6.680  (best)"
     assert "[red]" in lines[5]
     assert all(character.isprintable() or character == "\n" for character in output.getvalue())
+
+
+def test_the_panel_names_the_judged_metric_first_with_the_first_and_the_best() -> None:
+    output = io.StringIO()
+    console = Console(
+        file=output, width=100, force_terminal=True, _environ={"TERM": "xterm"}, color_system=None
+    )
+    with make_display(9, console, metric="macro_f1") as display:
+        for step, value in ((0, 0.25), (4, 0.75), (8, 0.5)):
+            values = {"loss": 1.5, "macro_f1": value, "best": step <= 4}
+            display.evaluation(step, {"split": "validation", **values})
+    assert "macro F1 0.5000 (best 0.7500 at 4, first 0.2500)  loss 1.500  at step 8" in (
+        output.getvalue()
+    )
 
 
 def test_a_terminal_gets_a_panel_and_NO_COLOR_takes_the_colour_away() -> None:
