@@ -136,7 +136,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, chat_file: 
     return folder
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 2e-2)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
 def test_two_ranks_learn_what_one_learns(runs: Path, precision: str, tolerance: float) -> None:
     """Sums of gradients are taken in another order, so the last bits may differ and no more."""
     one, two = runs / f"{precision}-one", runs / f"{precision}-two"
