@@ -40,7 +40,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fulltune.config import build_config
-from fulltune.recipes import finetune
+from fulltune.recipes import finetune, finish, trainer
 from fulltune.tracking import read_metrics
 from fulltune.train import checkpoint as checkpoints
 from fulltune.train.checkpoint import find_damage, last_checkpoint
@@ -48,19 +48,19 @@ from fulltune.train.checkpoint import find_damage, last_checkpoint
 MOMENTS: dict[str, tuple[Any, str]] = {
     "reading data": (finetune, "prepare"),
     "beginning": (finetune, "create_run_folder"),
-    "restoring": (finetune, "last_checkpoint"),
-    "opening the log": (finetune, "Tracker"),
-    "sampling": (finetune, "sample_answers"),
-    "step": (finetune, "train_step"),
-    "evaluating": (finetune, "evaluate_model"),
-    "saving": (finetune, "save_checkpoint"),
+    "restoring": (trainer, "last_checkpoint"),
+    "opening the log": (trainer, "Tracker"),
+    "sampling": (trainer, "sample_answers"),
+    "step": (trainer, "train_step"),
+    "evaluating": (trainer, "evaluate_model"),
+    "saving": (trainer, "save_checkpoint"),
     "hashing a save": (checkpoints, "_flushed_sha256"),
-    "pruning": (finetune, "prune_checkpoints"),
-    "exporting": (finetune, "save_model"),
-    "replacing the model": (finetune, "replace_folder"),
-    "writing small files": (finetune, "write_atomically"),
-    "writing the report": (finetune, "write_report"),
-    "writing the manifest": (finetune, "write_manifest"),
+    "pruning": (finish, "prune_checkpoints"),
+    "exporting": (finish, "save_model"),
+    "replacing the model": (finish, "replace_folder"),
+    "writing small files": (finish, "write_atomically"),
+    "writing the report": (finish, "write_report"),
+    "writing the manifest": (finish, "write_manifest"),
 }
 """What a child announces, and the function in which it is done. A save of the best weights is
 called `saving the best`; `starting` is everything before the first announcement."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.tasks import Example
+from fulltune.models.attention import make_document_kwargs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,21 +81,45 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     }
 
 
-def packed_tokens(examples: Sequence[EncodedExample]) -> tuple[Tensor, Tensor, list[int]]:
-    """Documents end to end: int64 ``input_ids`` [1, T], where each starts (int64 [D]), lengths."""
+def collate_tokens(
+    examples: Sequence[EncodedExample], *, packing: bool, padding: int
+) -> tuple[Batch, Tensor]:
+    """What the model's forward takes, for documents packed into one row or padded to one length.
+
+    Args:
+        examples: the documents.
+        packing: end to end in one row with their boundaries, or one a row with a mask.
+        padding: the token to the right of a shorter document.
+
+    Returns:
+        ``input_ids`` int64 [1, T] or [B, T], ``token_type_ids`` alike where the examples have them,
+        and the boundaries or the ``attention_mask``; and where each document starts in the
+        flattened tokens, int64 [D].
+    """
     lengths = [len(example["input_ids"]) for example in examples]
-    flat = [token for example in examples for token in example["input_ids"]]
-    starts_D = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    return torch.tensor([flat]), starts_D, lengths
-
-
-def padded_tokens(
-    examples: Sequence[EncodedExample], *, key: Literal["input_ids", "token_type_ids"], padding: int
-) -> Tensor:
-    """One row a document, padded on the right: int64 [B, T]."""
-    longest = max(len(example["input_ids"]) for example in examples)
-    rows = [[*example[key], *[padding] * (longest - len(example[key]))] for example in examples]
-    return torch.tensor(rows)
+    names: list[Literal["input_ids", "token_type_ids"]] = ["input_ids"]
+    if examples[0]["token_type_ids"]:
+        names.append("token_type_ids")
+    if packing:
+        batch: Batch = {
+            name: torch.tensor([[value for example in examples for value in example[name]]])
+            for name in names
+        }
+        batch |= make_document_kwargs(lengths, torch.device("cpu"))
+        return batch, torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    longest = max(lengths)
+    batch = {
+        name: torch.tensor(
+            [
+                [*example[name], *[padding * (name == "input_ids")] * (longest - length)]
+                for example, length in zip(examples, lengths, strict=True)
+            ]
+        )
+        for name in names
+    }
+    mask_BT = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+    batch["attention_mask"] = mask_BT.long()
+    return batch, torch.arange(len(examples)) * longest
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, **settings: object) -> str:

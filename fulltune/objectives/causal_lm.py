@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,14 +16,12 @@ from fulltune.data.chat import encode_segments, render_conversation
 from fulltune.data.encoding import EncodedExample, content_hash
 from fulltune.data.tasks import ChatExample, Example, TextExample
 from fulltune.errors import DataError
-from fulltune.models.attention import make_document_kwargs
 from fulltune.objectives.base import (
     Batch,
     Scores,
     TooLong,
+    collate_tokens,
     model_inputs,
-    packed_tokens,
-    padded_tokens,
     tokenizer_fingerprint,
 )
 from fulltune.objectives.linear_cross_entropy import LossSums, linear_cross_entropy
@@ -168,26 +166,9 @@ class CausalLM:
 
     def collate(self, examples: Sequence[EncodedExample]) -> Batch:
         """The tensors of one forward pass; see `CausalBatch`."""
-        if self.packing:
-            input_ids, starts_D, lengths = packed_tokens(examples)
-            batch = CausalBatch(
-                input_ids=input_ids,
-                prediction_positions=torch.empty(0, dtype=torch.int64),
-                target_ids=torch.empty(0, dtype=torch.int64),
-                **make_document_kwargs(lengths, torch.device("cpu")),
-            )
-        else:
-            padding = self.tokenizer.pad_token_id or 0
-            input_ids = padded_tokens(examples, key="input_ids", padding=padding)
-            lengths = [len(example["input_ids"]) for example in examples]
-            mask = torch.arange(input_ids.shape[1])[None] < torch.tensor(lengths)[:, None]
-            starts_D = torch.arange(len(examples)) * input_ids.shape[1]
-            batch = CausalBatch(
-                input_ids=input_ids,
-                prediction_positions=torch.empty(0, dtype=torch.int64),
-                target_ids=torch.empty(0, dtype=torch.int64),
-                attention_mask=mask.long(),
-            )
+        batch, starts_D = collate_tokens(
+            examples, packing=self.packing, padding=self.tokenizer.pad_token_id or 0
+        )
         positions = [
             start + index
             for start, example in zip(starts_D.tolist(), examples, strict=True)
@@ -197,7 +178,7 @@ class CausalLM:
         target_positions = torch.tensor(positions, dtype=torch.int64)
         batch["target_ids"] = batch["input_ids"].flatten()[target_positions]
         batch["prediction_positions"] = target_positions - 1
-        return cast(Batch, batch)
+        return batch
 
     def num_targets(self, batch: Batch) -> int:
         """Tokens of the batch that are predicted."""
@@ -228,21 +209,17 @@ class CausalLM:
             bias_V=getattr(head, "bias", None),
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
-            **logit_settings(model.config),
+            logit_scale=logit_scale(model.config),
+            softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
         )
 
 
-def logit_settings(config: PretrainedConfig) -> dict[str, float]:
-    """What some models do to their logits: Cohere and Granite scale them, Gemma caps them."""
+def logit_scale(config: PretrainedConfig) -> float:
+    """The factor on a model's logits: Cohere multiplies them, Granite divides."""
     text = config.get_text_config()
-    settings: dict[str, float] = {}
-    if (scale := getattr(text, "logit_scale", None)) is not None:
-        settings["logit_scale"] = float(scale)
-    if (scaling := getattr(text, "logits_scaling", None)) is not None:
-        settings["logit_scale"] = 1.0 / float(scaling)
-    if (cap := getattr(text, "final_logit_softcapping", None)) is not None:
-        settings["softcap"] = float(cap)
-    return settings
+    return float(getattr(text, "logit_scale", None) or 1.0) / float(
+        getattr(text, "logits_scaling", None) or 1.0
+    )
 
 
 def too_long_error(where: str, length: int, max_length: int) -> DataError:

@@ -16,15 +16,13 @@ from torch import Tensor
 from fulltune.data.encoding import EncodedExample, content_hash
 from fulltune.data.tasks import ClassificationExample, Example
 from fulltune.errors import DataError
-from fulltune.models.attention import make_document_kwargs
 from fulltune.models.families import classification_logits
 from fulltune.objectives.base import (
     Batch,
     Scores,
     TooLong,
+    collate_tokens,
     model_inputs,
-    packed_tokens,
-    padded_tokens,
     tokenizer_fingerprint,
 )
 from fulltune.objectives.causal_lm import MODEL_INPUTS, too_long_error
@@ -148,33 +146,15 @@ class Classification:
         Raises:
             DataError: a label the model does not have.
         """
-        label_indices_D = torch.tensor([self._label_index(example) for example in examples])
-        has_segments = bool(examples[0]["token_type_ids"])
+        batch, starts_D = collate_tokens(
+            examples, packing=self.packing, padding=self.tokenizer.pad_token_id or 0
+        )
+        batch["label_indices"] = torch.tensor([self._label_index(example) for example in examples])
         if self.packing:
-            input_ids, starts_D, lengths = packed_tokens(examples)
-            pooled = starts_D if self.pooling == "first" else starts_D + torch.tensor(lengths) - 1
-            batch = ClassificationBatch(
-                input_ids=input_ids,
-                label_indices=label_indices_D,
-                pooled_positions=pooled,
-                **make_document_kwargs(lengths, torch.device("cpu")),
-            )
-            if has_segments:
-                segments = [
-                    segment for example in examples for segment in example["token_type_ids"]
-                ]
-                batch["token_type_ids"] = torch.tensor([segments])
-        else:
-            padding = self.tokenizer.pad_token_id or 0
-            input_ids = padded_tokens(examples, key="input_ids", padding=padding)
-            lengths = [len(example["input_ids"]) for example in examples]
-            mask = torch.arange(input_ids.shape[1])[None] < torch.tensor(lengths)[:, None]
-            batch = ClassificationBatch(
-                input_ids=input_ids, label_indices=label_indices_D, attention_mask=mask.long()
-            )
-            if has_segments:
-                batch["token_type_ids"] = padded_tokens(examples, key="token_type_ids", padding=0)
-        return cast(Batch, batch)
+            lengths_D = torch.tensor([len(example["input_ids"]) for example in examples])
+            last = self.pooling == "last"
+            batch["pooled_positions"] = starts_D + lengths_D - 1 if last else starts_D
+        return batch
 
     def _label_index(self, example: EncodedExample) -> int:
         if not example["label"]:

@@ -217,6 +217,12 @@ class Optimizer:
                         raise TypeError(f"optimizer state `{key}` is {type(value).__name__}")
                     yield f"{self._names[id(tensor)]}/{key}", value
 
+    def free_state(self) -> None:
+        """Forget moments and gradients at the end of training."""
+        for optimizer in self._optimizers:
+            optimizer.state.clear()
+        self.masters.zero_grad()
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` gave.
 

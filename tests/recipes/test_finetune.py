@@ -312,7 +312,7 @@ def test_retention_is_measured_on_a_text_of_its_own(
     ("changes", "message"),
     [
         ({"memory": "10 MiB"}, "are allowed by `memory`"),
-        ({"memory": "L4"}, "write `auto` or a limit such as `20 GiB`"),
+        ({"memory": "L4"}, "`memory` cannot be `L4`"),
         ({"scope": "last 9 layers"}, "the model has 2 layers"),
         ({"device": "cuda:7"}, "that GPU is not there"),
         ({"evaluate": {"metric": "acuracy"}}, "acuracy"),

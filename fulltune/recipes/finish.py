@@ -1,0 +1,206 @@
+"""The end of a run: the best weights, the model folder, and where everything came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fulltune.assets import PREFIX, find_asset
+from fulltune.data.preview import to_json
+from fulltune.errors import CheckpointError, RunFolderError
+from fulltune.models.loading import save_model
+from fulltune.report.report import render_model_card, write_report
+from fulltune.runtime import (
+    describe_machine,
+    git_commit,
+    peak_memory_bytes,
+    versions,
+)
+from fulltune.train.checkpoint import (
+    Checkpoint,
+    find_damage,
+    prune_checkpoints,
+)
+from fulltune.train.loop import Ending
+from fulltune.train.run_folder import (
+    CHECKPOINTS,
+    MODEL,
+    flush_folder,
+    replace_folder,
+    write_atomically,
+    write_errors,
+    write_manifest,
+)
+
+if TYPE_CHECKING:
+    from fulltune.recipes.trainer import Trainer
+
+
+def finish(trainer: Trainer, ending: Ending) -> None:
+    """Take the best weights, write the model, and say where everything came from."""
+    step = trainer.progress.step
+    prune_checkpoints(trainer.folder / CHECKPOINTS, keep=trainer.config.keep_checkpoints)
+    best = trainer.folder / CHECKPOINTS / f"best-{trainer.best.best_step or 0:08d}"
+    if trainer.best.best_step is not None and trainer.best.best_step != step and best.exists():
+        _write_model(trainer, trainer.folder / "model-last")
+        _take(trainer, best)
+        trainer.display.notice(
+            f"the weights of step {trainer.best.best_step} are kept, the best by "
+            f"`{trainer.best.metric}`; those of step {step} are in `model-last`"
+        )
+    trainer.sample(step)
+    # Nothing steps any more: its state makes room for the base model, loaded to be compared with.
+    trainer.optimizer.free_state()
+    change = _weight_change(trainer)
+    _say_what_moved(trainer, change)
+    manifest = _manifest(trainer, ending, change)
+    _write_model(trainer, trainer.folder / MODEL, card=render_model_card(manifest))
+    with write_errors(trainer.folder):
+        _write_facts(trainer, manifest)
+
+
+def _write_facts(trainer: Trainer, manifest: dict[str, Any]) -> None:
+    write_atomically(
+        trainer.folder / "data.json", to_json(trainer.prepared.facts, trainer.prepared.findings)
+    )
+    if "confusion_matrix" in trainer.last_details:
+        (trainer.folder / "predictions").mkdir(exist_ok=True)
+        evaluation = {
+            "labels": list(getattr(trainer.objective, "labels", ())),
+            "confusion": trainer.last_details["confusion_matrix"],
+            "per_class": trainer.last_details["per_label"],
+        }
+        write_atomically(
+            trainer.folder / "predictions" / "evaluation.json",
+            json.dumps(evaluation, ensure_ascii=False),
+        )
+    trainer.tracker.write(
+        "end", step=trainer.progress.step, ending=manifest["ending"], seconds=trainer.seconds(),
+        **trainer.last_metrics,
+    )  # fmt: skip
+    # The report reads the manifest; only the last write says that all of it is there.
+    write_manifest(trainer.folder, {**manifest, "finished": False})
+    try:
+        write_report([trainer.folder], trainer.folder / "report.html")
+    except RunFolderError as error:
+        error.hint = "free some space, then go on with `--resume`: only the report is missing"
+        raise
+    write_manifest(trainer.folder, manifest)
+
+
+def _take(trainer: Trainer, best: Path) -> None:
+    problem = find_damage(best)
+    if problem is not None:
+        raise CheckpointError(f"the best weights, `{best}`, cannot be used: {problem}")
+    state = json.loads((best / "state.json").read_text(encoding="utf-8"))
+    trainer.masters.load(Checkpoint(best, _number(best), state).tensors("weights"))
+    trainer.last_metrics, trainer.last_details = state["metrics"], state["details"]
+
+
+def _write_model(trainer: Trainer, folder: Path, card: str | None = None) -> None:
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    info = {
+        "kind": trainer.config.task.kind,
+        "max_length": trainer.objective.max_length,
+        "base_model": trainer.config.model,
+        "run": str(trainer.folder),
+    }
+    with write_errors(folder), ExitStack() as leftovers:
+        # Gone by then, unless the disk was full: its room is wanted back.
+        leftovers.callback(shutil.rmtree, temporary, ignore_errors=True)
+        save_model(trainer.model, trainer.base.tokenizer, temporary, info=info)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+        flush_folder(temporary)
+        replace_folder(temporary, folder)
+
+
+def _weight_change(trainer: Trainer) -> list[dict[str, Any]]:
+    """How far each layer moved from the base model, which is loaded once more to see it."""
+    base = dict(trainer.load_base().named_parameters())
+    groups: dict[str, list[float]] = {}
+    layers = trainer.layers
+    for name, master in trainer.masters.items():
+        layer = layers[name]
+        group = groups.setdefault(layer if isinstance(layer, str) else f"layer {layer}", [0.0] * 4)
+        before = base[name].detach()
+        moved = master.detach() - before
+        group[0] += float(moved.double().square().sum())
+        group[1] += float(before.double().square().sum())
+        group[2] += master.numel()
+        group[3] += int((moved != 0).sum())
+    return [
+        {
+            "group": name,
+            "relative_change": (moved / max(before, 1e-30)) ** 0.5,
+            "num_parameters": int(count),
+            "share_moved": changed / count,
+        }
+        for name, (moved, before, count, changed) in groups.items()
+    ]
+
+
+def _say_what_moved(trainer: Trainer, change: list[dict[str, Any]]) -> None:
+    total = sum(group["num_parameters"] for group in change)
+    moved = sum(group["share_moved"] * group["num_parameters"] for group in change)
+    still = [group["group"] for group in change if group["relative_change"] == 0]
+    trainer.display.notice(
+        f"{moved / total:.1%} of {total:,} trained weights moved"
+        + (f"; nothing moved in {', '.join(still)}" if still else ", every layer among them")
+    )
+    for group in change:
+        trainer.tracker.write("weight_change", step=trainer.progress.step, **group)
+
+
+def _manifest(trainer: Trainer, ending: Ending, change: list[dict[str, Any]]) -> dict[str, Any]:
+
+    return {
+        "finished": True,
+        "ending": ending,
+        "name": trainer.folder.name,
+        "base_model": trainer.config.model,
+        "base_model_hash": source_fingerprint_of_model(trainer.base.path),
+        "task": trainer.config.task.kind,
+        "data": [
+            {**source, "rows": trainer.prepared.dataset.num_records if index == 0 else None}
+            for index, source in enumerate(trainer.prepared.sources)
+        ],
+        "settings": trainer.config.model_dump(mode="json"),
+        "results": trainer.last_metrics,
+        "best_step": trainer.best.best_step,
+        "licence": licence_of(trainer.config.model),
+        "steps": trainer.progress.step,
+        "versions": versions(),
+        "machine": describe_machine(trainer.runtime.device),
+        "git_commit": git_commit(Path.cwd()),
+        "duration_seconds": trainer.seconds(),
+        "num_parameters": trainer.num_parameters,
+        "num_trained_parameters": trainer.num_trained,
+        "memory": {
+            "predicted_bytes": trainer.plan.predicted_bytes,
+            "peak_bytes": peak_memory_bytes(trainer.runtime.device),
+        },
+        "weight_change": change,
+    }
+
+
+def licence_of(model: str) -> str | None:
+    """The licence of the base model, where it is known."""
+    return find_asset(model).licence if model.startswith(PREFIX) else None
+
+
+def source_fingerprint_of_model(path: Path) -> dict[str, str]:
+    """SHA-256 of the weight files of a model folder."""
+    hashes = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
+
+
+def _number(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])

@@ -1,0 +1,568 @@
+"""The parts of one run, joined: model, optimizer, loader, evaluation and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from fulltune.config import Quantity
+from fulltune.data.loader import Loader, StepPlan, num_steps, prefetch
+from fulltune.data.tasks import ChatExample
+from fulltune.errors import CheckpointError, ConfigError
+from fulltune.evaluate.evaluator import (
+    BestTracker,
+    EvaluationResult,
+    Sample,
+    evaluate_model,
+    evaluate_retention,
+    sample_answers,
+)
+from fulltune.memory.plan import MemoryPlan, plan_memory
+from fulltune.models.families import layer_of, num_layers
+from fulltune.models.kernels import install_fast_kernels
+from fulltune.models.loading import load_model
+from fulltune.models.scope import freeze
+from fulltune.objectives.causal_lm import CausalLM
+from fulltune.optim.master_weights import MasterWeights
+from fulltune.optim.optimizers import Optimizer, group_parameters
+from fulltune.recipes.prepare import (
+    Base,
+    Prepared,
+    find_examples,
+)
+from fulltune.runtime import (
+    PrecisionChoice,
+    Runtime,
+    peak_memory_bytes,
+    seed_everything,
+)
+from fulltune.tracking import Tracker, TrackingConfig, format_bytes
+from fulltune.train.checkpoint import (
+    last_checkpoint,
+    prune_checkpoints,
+    remove_unfinished,
+    save_checkpoint,
+)
+from fulltune.train.health import NonFiniteError, SpikeDetector, nonfinite_rows
+from fulltune.train.interruption import agreed, caught_signals
+from fulltune.train.loop import Ending, Every, Progress, fit
+from fulltune.train.ranks import from_all_ranks, from_main_rank, on_all_ranks, on_main_rank
+from fulltune.train.run_folder import (
+    CHECKPOINTS,
+    write_atomically,
+    write_errors,
+)
+from fulltune.train.step import MicroBatch, train_step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fulltune.recipes.finetune import Config
+
+STATE_BYTES = {"adamw": 8, "muon": 8, "adafactor": 1}
+"""Bytes of optimizer state for each trained parameter, at most."""
+
+
+class Trainer:
+    """The parts of one run, joined: model, optimizer, loader, evaluation and checkpoints."""
+
+    def __init__(
+        self,
+        config: Config,
+        base: Base,
+        prepared: Prepared,
+        precision: PrecisionChoice,
+        runtime: Runtime,
+        display: Any,
+        base_bytes: int,
+        metric: str,
+    ) -> None:
+        self.config, self.base, self.prepared = config, base, prepared
+        self.precision, self.runtime, self.display = precision, runtime, display
+        self.objective = prepared.objective
+        self.folder = Path(config.run_dir)
+        self.retention: list[Any] = []
+        self.started = time.time()
+
+        self.model = on_all_ranks(runtime, self.load_base)
+        layers = layer_of_parameters(self.model)
+        self.layers = layers
+        depth = num_layers(self.model.config)
+        freeze(self.model, config.scope, layer_of=layers, num_layers=depth)
+        self.masters = MasterWeights(self.model, precision.dtype)
+        self.kernels = install_fast_kernels(self.model)
+        self.num_parameters = sum(p.numel() for p in self.model.parameters())
+        self.num_trained = sum(tensor.numel() for tensor in self.masters.tensors())
+        if not self.num_trained:
+            raise ConfigError(f"`scope` is `{config.scope}`, which leaves nothing to train")
+
+        plans = from_all_ranks(runtime, on_all_ranks(runtime, lambda: self._plan(base_bytes)))
+        # Ranks that cut a step differently would not divide it.
+        self.plan = min(plans, key=lambda plan: plan.micro_batch_tokens)
+        self.loader = Loader(
+            prepared.dataset.lengths,
+            prepared.train,
+            batch=config.batch,
+            micro_batch_tokens=self.plan.micro_batch_tokens,
+            seed=config.seed,
+            packing=self.objective.packing,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            dataset_fingerprint=prepared.dataset.fingerprint,
+        )
+        self.num_steps = num_steps(config.duration, self.loader)
+        self.optimizer = Optimizer(
+            self.masters,
+            group_parameters(self.masters, config.optimizer, layer_of=layers, num_layers=depth),
+            config.optimizer,
+            num_steps=self.num_steps,
+        )
+        self.best = BestTracker(metric, config.evaluate.stop_after)
+        self.spikes = SpikeDetector()
+        self.progress = Progress()
+        self.last_metrics: dict[str, float] = {}
+        self.last_details: dict[str, Any] = {}
+        self.seconds_before = 0.0
+        self.flops = _flops_per_step(self.model, layers) if config.scope == "all" else None
+
+    # -- before the first step ---------------------------------------------------------------------
+
+    def load_base(self) -> PreTrainedModel:
+        """The base model in float32, its head new where it has none; the same for the same seed."""
+        seed_everything(self.config.seed)
+        labels = getattr(self.objective, "labels", None)
+        model: PreTrainedModel = load_model(
+            self.base.path,
+            head=self.objective.head,
+            labels=labels,
+            dtype=torch.float32,
+            attention="fulltune",
+            dropout=self.config.dropout,
+            seed=self.config.seed,
+        )
+        torch.nn.Module.to(model, self.runtime.device)  # in place
+        return model
+
+    def _plan(self, base_bytes: int) -> MemoryPlan:
+        device = self.runtime.device
+        if device.type == "cuda":
+            available = int(torch.cuda.mem_get_info(device)[0])
+        else:
+            available = int(psutil.virtual_memory().available) + self.num_parameters * 4
+        plan = plan_memory(
+            self.config.memory,
+            self.model.config,
+            num_parameters=self.num_parameters,
+            num_trained=self.num_trained,
+            optimizer_bytes=STATE_BYTES[self.config.optimizer.name],
+            compute_bytes=self.precision.dtype.itemsize,
+            base_bytes=0 if device.type == "cuda" else base_bytes,
+            available_bytes=available,
+            longest=int(self.prepared.dataset.lengths.max()),
+            has_vocabulary_loss=self.objective.head == "causal_lm",
+            has_lean_kernels=bool(self.kernels),
+        )
+        self.display.stage(
+            f"memory: about {format_bytes(plan.predicted_bytes)} predicted, "
+            f"forward passes of {plan.micro_batch_tokens:,} tokens"
+        )
+        return plan
+
+    def train(self, *, resume: bool, finish: Callable[[Trainer, Ending], None]) -> Ending:
+        """Train to the end, or until interrupted; ``finish`` runs on the first rank at the end."""
+        resumed_step = self._restore() if resume else None
+        self.display.num_steps = self.num_steps
+        steps_per_epoch = self.loader.steps_per_epoch()
+        with (
+            Tracker(
+                self.folder,
+                self.config.tracking if self.runtime.is_main else TrackingConfig(),
+                settings=self.config.model_dump(mode="json"),
+                resume_step=resumed_step,
+            )
+            if self.runtime.is_main
+            else _NoTracker() as self.tracker,
+            caught_signals() as interruption,
+        ):
+            self._say_what_starts(resumed_step)
+            if resumed_step is None:
+                on_main_rank(self.runtime, lambda: self.sample(0))
+                if self.config.task.validation is not None:
+                    self._evaluate(0)
+            if resumed_step is not None and self.best.should_stop:
+                ending: Ending = "stopped early"  # killed after the decision, before the end
+            else:
+                ending = fit(
+                    self.progress,
+                    self._step,
+                    self._batches(),
+                    num_steps=self.num_steps,
+                    evaluate=self._evaluate,
+                    evaluate_every=_every(self.config.evaluate.every, steps_per_epoch),
+                    save=lambda step: on_main_rank(self.runtime, lambda: self._save(step)),
+                    save_every=_every(self.config.save_every, steps_per_epoch),
+                    interrupted=lambda: agreed(interruption, self.runtime),
+                )
+            if ending == "interrupted":
+                self.tracker.write(
+                    "interrupted", step=self.progress.step, signal=interruption.signal_name
+                )
+                self.display.notice(
+                    f"{interruption.signal_name}: saved after step {self.progress.step}; "
+                    "go on with `--resume`"
+                )
+            else:
+                on_main_rank(self.runtime, lambda: finish(self, ending))
+        return ending
+
+    def _say_what_starts(self, resumed_step: int | None) -> None:
+        self.tracker.write(
+            "start" if resumed_step is None else "resume",
+            step=resumed_step or 0,
+            model=self.config.model,
+            num_parameters=self.num_parameters,
+            num_trained_parameters=self.num_trained,
+            precision=self.config.precision,
+            matmul_rate=self.precision.matmul_rate,
+            num_steps=self.num_steps,
+            device=str(self.runtime.device),
+            world_size=self.runtime.world_size,
+            micro_batch_tokens=self.plan.micro_batch_tokens,
+            predicted_memory_bytes=self.plan.predicted_bytes,
+            kernels=self.kernels,
+        )
+        share = self.num_trained / self.num_parameters
+        self.display.notice(
+            f"training {self.num_trained:,} of {self.num_parameters:,} parameters ({share:.0%}), "
+            f"{self.num_steps:,} steps, {len(self.prepared.train):,} examples"
+        )
+        if resumed_step is not None:
+            self.display.notice(f"resumed after step {resumed_step}")
+
+    # -- each step ---------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
+        """Steps of micro-batches, read and collated one step ahead."""
+        rows = self.prepared.dataset
+
+        def made() -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
+            for plan in self.loader:
+                micro_batches = []
+                for indices in plan.micro_batches:
+                    examples = [rows[int(index)] for index in indices]
+                    micro_batches.append(MicroBatch(self.objective.collate(examples), examples))
+                yield plan, micro_batches
+
+        with prefetch(made(), 1) as prefetched:
+            yield from prefetched
+
+    def _step(self, item: tuple[StepPlan, list[MicroBatch]]) -> None:
+        plan, micro_batches = item
+        step = self.progress.step
+        start = time.perf_counter()
+        self.model.train()
+        # Dropout is a function of (seed, step, rank): a resumed run needs no generator's state.
+        seed_everything((self.config.seed * 1_000_003 + step) * 4096 + self.runtime.rank)
+        try:
+            result = train_step(
+                self.model,
+                self.objective,
+                micro_batches,
+                self.optimizer,
+                step,
+                runtime=self.runtime,
+                clip_norm=self.config.optimizer.clip_norm,
+                measure_rounding=self.precision.dtype == torch.bfloat16,
+            )
+        except NonFiniteError as error:
+            self._explain_nonfinite(error, micro_batches)
+            raise
+        seconds = time.perf_counter() - start
+        self.loader.advance(plan)
+        speed = result.num_tokens / seconds
+        share = None
+        if self.flops is not None:
+            done = self.flops.body * result.num_tokens + self.flops.head * result.num_targets
+            share = done / seconds / self.precision.matmul_rate / self.runtime.world_size
+        memory = peak_memory_bytes(self.runtime.device)
+        values = {
+            "loss": result.loss,
+            "lr": self.optimizer.lr(step),
+            "grad_norm": result.grad_norm,
+            "num_targets": result.num_targets,
+            "num_tokens": result.num_tokens,
+            "tokens_per_second": speed,
+            "matmul_share": share,
+            "memory_bytes": memory,
+            "updates_rounded_away": result.updates_rounded_away,
+            "epoch": plan.epoch
+            + (plan.step_in_epoch + 1) / self.loader.steps_per_epoch(plan.epoch),
+            "seconds": seconds,
+        }
+        self.tracker.write("step", step=step + 1, **values)
+        self.display.step(step + 1, values)
+        if step + 1 == 3:
+            self._check_memory(memory)
+        if self.spikes.is_spike(result.loss):
+            rows = [example["where"] for micro in micro_batches for example in micro.examples]
+            self.tracker.write("spike", step=step + 1, loss=result.loss, rows=rows)
+            self.display.notice(
+                f"spike: loss {result.loss:.3f} at step {step + 1}, rows {', '.join(rows[:5])}"
+                + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+            )
+
+    def _check_memory(self, measured: int) -> None:
+        predicted = self.plan.predicted_bytes
+        error = predicted / measured - 1
+        self.tracker.write(
+            "memory", step=3, predicted_bytes=predicted, measured_bytes=measured, error=error,
+            parts=dict(self.plan.parts),
+        )  # fmt: skip
+        self.display.notice(
+            f"memory: {format_bytes(measured)} at the peak, {format_bytes(predicted)} predicted "
+            f"({error:+.0%})"
+        )
+
+    def _explain_nonfinite(self, error: NonFiniteError, micro_batches: list[MicroBatch]) -> None:
+        chosen = error.micro_batches or range(len(micro_batches))
+        examples = [example for index in chosen for example in micro_batches[index].examples]
+        rows = nonfinite_rows(
+            self.model, self.objective, examples, self.masters, self.runtime.device
+        )
+        rows = [row for found in from_all_ranks(self.runtime, rows) for row in found]
+        self.tracker.write("nonfinite", step=error.step, message=str(error), rows=rows)
+        named = f"rows: {', '.join(rows[:10])}" if rows else "no single row is at fault"
+        error.hint = (
+            f"{named}; the last checkpoint is intact. Look at these rows with `fulltune preview`, "
+            "or lower `optimizer.lr`"
+        )
+
+    # -- once in a while ---------------------------------------------------------------------------
+
+    def _evaluate(self, step: int) -> bool:
+        """Measure on the validation split; True asks to stop early."""
+        if self.config.task.validation is None and not self.retention:
+            return False
+        self.display.stage("evaluating")
+        metrics: dict[str, float] = {}
+        if self.config.task.validation is not None:
+            result: EvaluationResult = evaluate_model(
+                self.model,
+                self.objective,
+                self.prepared.dataset,
+                self.prepared.validation,
+                kind=self.config.task.kind,
+                micro_batch_tokens=self.plan.micro_batch_tokens,
+            )
+            metrics |= result.metrics
+            self.last_details = result.details
+        if self.retention:
+            assert isinstance(self.objective, CausalLM)
+            metrics["retention_loss"] = evaluate_retention(
+                self.model,
+                self.objective,
+                self.retention,
+                micro_batch_tokens=self.plan.micro_batch_tokens,
+            )
+        # Every rank measured all of it; where their last bits differ, they still stop together.
+        metrics = from_main_rank(self.runtime, metrics)
+        self.last_metrics = metrics
+        judged = self.config.task.validation is not None
+        is_best = judged and self.best.update(step, metrics)
+        values = {"split": "validation", **metrics, "best": is_best}
+        self.tracker.write("evaluation", step=step, **values)
+        self.display.evaluation(step, values)
+        if not judged:
+            return False
+        if is_best and step > 0:
+            on_main_rank(self.runtime, lambda: self._save_best(step))
+        if self.best.should_stop:
+            self.tracker.write(
+                "early_stop", step=step, metric=self.best.metric, best_step=self.best.best_step
+            )
+            self.display.notice(
+                f"stopped early: no better `{self.best.metric}` than at step {self.best.best_step} "
+                f"for {self.best.num_since_best} evaluations"
+            )
+        return self.best.should_stop
+
+    def sample(self, step: int) -> None:
+        """Answer a few held-out prompts, to be read before and after."""
+        count = self.config.evaluate.num_samples
+        if self.config.task.kind != "chat" or not count or not len(self.prepared.validation):
+            return
+        self.display.stage("answering held-out prompts")
+        wheres = [
+            self.prepared.dataset.where(int(index))
+            for index in self.prepared.validation[: 4 * count]
+        ]
+        examples = find_examples(self.config.task, wheres)
+        conversations = [examples[where] for where in wheres if where in examples]
+        samples: list[Sample] = sample_answers(
+            self.model,
+            self.base.tokenizer,
+            [example for example in conversations if isinstance(example, ChatExample)],
+            num_samples=count,
+        )
+        lines = [
+            {
+                "step": step,
+                "prompt": [{"role": turn.role, "content": turn.content} for turn in sample.prompt],
+                "answer": sample.answer,
+                "reference": sample.reference,
+            }
+            for sample in samples
+        ]
+        # Written anew with what was there of other steps: a run killed here samples once more.
+        path = self.folder / "samples.jsonl"
+        kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in kept if json.loads(line)["step"] != step]
+        made = [json.dumps(line, ensure_ascii=False) for line in lines]
+        with write_errors(self.folder):
+            write_atomically(path, "".join(f"{line}\n" for line in [*kept, *made]))
+        for line in lines:
+            self.tracker.write("sample", **line)
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def _save(self, step: int) -> None:
+        state = {
+            "step": step,
+            "loader": self.loader.state(),
+            "best": self.best.state(),
+            "spike_losses": self.spikes.losses,
+            "model_fingerprint": self._fingerprint(),
+            "metrics": self.last_metrics,
+            "details": self.last_details,
+            "seconds": self.seconds(),
+            "world_size": self.runtime.world_size,
+            "micro_batch_tokens": self.plan.micro_batch_tokens,
+        }
+        folder = self.folder / CHECKPOINTS
+        start = time.perf_counter()
+        path = save_checkpoint(
+            folder,
+            f"step-{step:08d}",
+            step=step,
+            tensors={
+                "weights": dict(self.masters.items()),
+                "optimizer": dict(self.optimizer.state()),
+            },
+            state=state,
+        )
+        prune_checkpoints(folder, keep=self.config.keep_checkpoints)
+        self.tracker.write(
+            "checkpoint", step=step, path=str(path), seconds=time.perf_counter() - start
+        )
+        self.display.notice(f"saved checkpoint {path.name}")
+
+    def _save_best(self, step: int) -> None:
+        """The weights only; earlier ones stay until a checkpoint no longer needs them."""
+        save_checkpoint(
+            self.folder / CHECKPOINTS,
+            f"best-{step:08d}",
+            step=step,
+            tensors={"weights": dict(self.masters.items())},
+            state={"metrics": self.last_metrics, "details": self.last_details},
+        )
+
+    def _restore(self) -> int | None:
+        """Go back to the newest whole checkpoint; None where the run saved none yet."""
+        folder = self.folder / CHECKPOINTS
+        on_main_rank(self.runtime, lambda: remove_unfinished(folder))
+        checkpoint, problems = on_all_ranks(self.runtime, lambda: last_checkpoint(folder))
+        for problem in problems:
+            self.display.notice(f"not loaded: {problem}")
+        if checkpoint is None:
+            if self.runtime.is_main:
+                for stale in ("samples.jsonl", "metrics.jsonl"):
+                    (self.folder / stale).unlink(missing_ok=True)
+            return None
+        state = checkpoint.state
+        if state["model_fingerprint"] != self._fingerprint():
+            raise CheckpointError(
+                f"`{checkpoint.path}` is a checkpoint of another model: its parameters differ",
+                hint="resume with the `model` and `scope` the run began with, or start a new run",
+            )
+        self.masters.load(checkpoint.tensors("weights"))
+        self.optimizer.load_state(checkpoint.tensors("optimizer"))
+        self.loader.load_state(state["loader"])
+        self.best.load_state(state["best"])
+        self.spikes.losses = state["spike_losses"]
+        self.last_metrics, self.last_details = state["metrics"], state["details"]
+        self.seconds_before = state["seconds"]
+        self._plan_as_before(state["micro_batch_tokens"])
+        self.progress.step = checkpoint.step
+        return checkpoint.step
+
+    def _plan_as_before(self, micro_batch_tokens: int) -> None:
+        """More free memory than before must not change the last bits of what is learned."""
+        if self.plan.micro_batch_tokens < micro_batch_tokens:
+            self.display.notice(
+                f"forward passes of {self.plan.micro_batch_tokens:,} tokens fit now, and were "
+                f"{micro_batch_tokens:,} before: the run goes on, its last bits may differ"
+            )
+            return
+        self.plan = replace(self.plan, micro_batch_tokens=micro_batch_tokens)
+        self.loader.micro_batch_tokens = micro_batch_tokens
+
+    def _fingerprint(self) -> list[list[Any]]:
+        """Names and shapes of what is trained."""
+        return [[name, list(tensor.shape)] for name, tensor in self.masters.items()]
+
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return self.seconds_before + time.time() - self.started
+
+
+class _NoTracker:
+    """The log of ranks other than the first."""
+
+    def __enter__(self) -> _NoTracker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+    def write(self, event: str, **values: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of matrix products, forward and backward: 6 a weight and token.
+
+    Attention's own products, which grow with the length of a document, are not counted.
+    """
+
+    body: float
+    """A token."""
+    head: float
+    """A predicted token."""
+
+
+def _flops_per_step(model: PreTrainedModel, layers: dict[str, Any]) -> Flops:
+    body = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and isinstance(layers[name], int)
+    )
+    output = model.get_output_embeddings()
+    return Flops(6.0 * body, 6.0 * output.weight.numel() if output is not None else 0.0)
+
+
+def layer_of_parameters(model: PreTrainedModel) -> dict[str, Any]:
+    """The layer of every parameter by name."""
+    return {name: layer_of(name, model) for name, _ in model.named_parameters()}
+
+
+def _every(period: Quantity, steps_per_epoch: int) -> Every:
+    if period.unit == "steps":
+        return Every(max(1, round(period.value)))
+    return Every(max(1, round(period.value * steps_per_epoch)))
