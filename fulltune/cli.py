@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -385,7 +385,7 @@ def models(as_json: Json = False) -> None:
 
     families: dict[tuple[str, bool], list[str]] = {}
     for name, family in FAMILIES.items():
-        tasks = "chat, text, classification" if family.predicts_next_token else "classification"
+        tasks = "chat, text, classification" if family.can_generate else "classification"
         families.setdefault((tasks, family.can_pack), []).append(name)
     if as_json:
         _print_json(
@@ -458,7 +458,7 @@ def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
 
 
-def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows without borders; what follows the first line of a cell is dimmed."""
     from rich.console import Console
     from rich.table import Table
@@ -534,7 +534,7 @@ def main() -> NoReturn:
     except BrokenPipeError:
         # Who read the output has left, as `head` does; what is still buffered has no reader.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(1)
     sys.exit(code)
 
 

@@ -67,12 +67,9 @@ class Units:
 
     def parse(self, value: object) -> Quantity:
         """Read `32768 tokens`; a singular unit is accepted, a missing or foreign one is not."""
-        if isinstance(value, Quantity) or (
-            isinstance(value, str | int | float) and not isinstance(value, bool)
-        ):
-            text = str(value)
-        else:
+        if isinstance(value, bool) or not isinstance(value, Quantity | str | int | float):
             raise ValueError(f"must be a number with a unit; write {self.example()}")
+        text = str(value)
         match = re.fullmatch(
             r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([^\s0-9]*)\s*", text
         )
@@ -201,7 +198,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        found = {list: "a list", str: "text"}.get(type(values), type(values).__name__)
+        names: dict[type, str] = {list: "a list", str: "text"}
+        found = names.get(type(values), type(values).__name__)
         raise ConfigError(
             f"`{path}` holds {found}, not settings",
             hint="write `key: value` lines, such as `model: asset:smollm2-135m-instruct`",
@@ -381,7 +379,7 @@ class SettingRow:
 
 
 def list_settings(settings: type[BaseModel], prefix: str = "") -> Iterator[SettingRow]:
-    """Every setting with what it accepts, its default and its meaning, in the order of the class."""
+    """Every setting with what it accepts, its default and its meaning, as the class has them."""
     for name, field in settings.model_fields.items():
         section = _section_type(field.annotation)
         if section is not None:

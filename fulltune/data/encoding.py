@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import secrets
@@ -440,7 +441,9 @@ def _encode_chunks(
                 if isinstance(item, FulltuneError):
                     failure = item
                     break
-                waiting.append((pool.submit(_encode_chunk, item), len(item.records)))
+                with _interrupted_afterwards():
+                    future = pool.submit(_encode_chunk, item)
+                waiting.append((future, len(item.records)))
                 if len(waiting) == 2 * num_workers:
                     future, count = waiting.popleft()
                     finished(future.result(), count)
@@ -475,7 +478,36 @@ def _process_context(encode: Encode) -> Any:
     context = multiprocessing.get_context("forkserver")
     # Imported once and then shared by all workers, instead of seconds in each.
     context.set_forkserver_preload(["__main__", __name__, encode.__module__])
+    _start_fork_server()
     return context
+
+
+def _start_fork_server() -> None:
+    """Start it deaf to Ctrl-C, which would meet it in its imports: the parent alone answers."""
+    if threading.current_thread() is not threading.main_thread():
+        multiprocessing.forkserver.ensure_running()
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """A worker that is half started when its parent leaves would end in a traceback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if noted:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _start_worker(work: _Work) -> None:

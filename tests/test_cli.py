@@ -1,0 +1,285 @@
+"""The command line as it is seen: help, tables, JSON, exit codes, and what goes where."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from fulltune.assets import list_assets
+from fulltune.cli import main
+from fulltune.config import list_keys, list_settings, load_config
+from fulltune.data.tasks import TASKS
+from fulltune.models.families import FAMILIES
+from fulltune.recipes import finetune
+
+VERBS = ("demo", "preview", "finetune", "evaluate", "predict", "chat", "report",
+         "settings", "tasks", "models", "assets")  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+Say = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FULLTUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
+    """Run the command line in this process: its exit code, stdout and stderr."""
+
+    def run(*arguments: object, columns: int = 100) -> tuple[int, str, str]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(sys, "argv", ["fulltune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def run_process(*arguments: object, **changes: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fulltune", *map(str, arguments)],
+        capture_output=True, text=True, check=False, env={**ENVIRONMENT, **changes},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def settings_file(tmp_path: Path, tiny_bert: Path, classification_file: Path) -> Path:
+    values = {
+        "model": str(tiny_bert),
+        "task": {"kind": "classification", "train": str(classification_file)},
+        "duration": "2 steps", "batch": "8 examples", "precision": "fp32", "num_workers": 0,
+        "run_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+# -- help and tables -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_names_every_verb_and_fits_the_terminal(say: Say, columns: int) -> None:
+    code, output, _ = say("--help", columns=columns)
+    assert code == 0
+    assert all(re.search(rf"│ {verb} +\w", output) for verb in VERBS)
+    assert max(map(len, output.splitlines())) <= columns
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_each_of_its_options(say: Say, verb: str) -> None:
+    code, output, _ = say(verb, "--help", columns=80)
+    assert code == 0
+    options = re.findall(r"^│ (?:\* +)?(--[\w-]+)(.*)│$", output, flags=re.MULTILINE)
+    assert ("--help" in dict(options)) is True
+    for name, rest in options:
+        assert re.search(r" {2}\S.* \w+", rest), f"{verb} {name} says nothing: {rest}"
+    assert max(map(len, output.splitlines())) <= 80
+
+
+def test_no_arguments_show_the_help(say: Say) -> None:
+    code, output, errors = say()
+    assert code == 2
+    assert "finetune" in output + errors
+
+
+def test_help_and_the_lists_need_no_heavy_package() -> None:
+    script = (
+        "import sys\nfrom fulltune.cli import main\n"
+        "sys.argv = ['fulltune', *sys.argv[1:]]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'sklearn', 'pyarrow', 'numpy', 'datasets'}\n"
+        "print('heavy:', sorted(heavy & set(sys.modules)))\n"
+    )
+    for arguments in (["--help"], ["finetune", "--help"], ["assets"], ["tasks"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            capture_output=True, text=True, check=True, env=ENVIRONMENT,
+        )  # fmt: skip
+        assert done.stdout.splitlines()[-1] == "heavy: []", arguments
+
+
+def test_settings_are_listed_once_each_with_default_and_meaning(say: Say) -> None:
+    code, output, _ = say("settings", "finetune", "--json")
+    rows = json.loads(output)
+    keys = [row["key"] for row in rows]
+    assert code == 0
+    assert len(set(keys)) == len(keys)
+    sections = {key.rpartition(".")[0] for key in keys} - {""}
+    assert set(keys) == set(list_keys(finetune.Config)) - sections
+    assert all(row["default"] and row["kind"] and row["meaning"].endswith(".") for row in rows)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_table_of_settings_loses_no_word(say: Say, columns: int) -> None:
+    _, output, _ = say("settings", columns=columns)
+    assert max(map(len, output.splitlines())) <= columns
+    words = set(output.split())
+    for row in list_settings(finetune.Config):
+        assert row.key in words
+        assert set(row.meaning.split()) <= words, row.key
+
+
+def test_lists_name_everything_there_is(say: Say) -> None:
+    _, output, _ = say("tasks", columns=80)
+    assert all(kind in output for kind in TASKS)
+    _, output, _ = say("assets", columns=80)
+    assert all(f"asset:{asset.name}" in output for asset in list_assets())
+    _, output, _ = say("models", columns=80)
+    assert all(name in output for name in FAMILIES)
+    assert "asset:smollm2-135m-instruct" in output
+    assert "asset:trec" not in output
+
+
+@pytest.mark.parametrize("verb", ["settings", "tasks", "models", "assets"])
+def test_lists_parse_as_json(say: Say, verb: str) -> None:
+    code, output, errors = say(verb, "--json")
+    assert code == 0
+    assert json.loads(output)
+    assert errors == ""
+
+
+# -- running ---------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_settings_that_load_back(
+    say: Say, settings_file: Path, tmp_path: Path
+) -> None:
+    code, output, errors = say("finetune", settings_file, "--dry-run", "optimizer.lr=2e-5")
+    again = tmp_path / "again.yaml"
+    again.write_text(output, encoding="utf-8")
+    assert (code, errors) == (0, "")
+    assert load_config(finetune.Config, again) == load_config(
+        finetune.Config, settings_file, ["optimizer.lr=2e-5"]
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_results_go_to_stdout_and_all_else_to_stderr(
+    say: Say, settings_file: Path, tmp_path: Path, classification_file: Path
+) -> None:
+    code, output, errors = say("preview", settings_file, "--json")
+    assert code == 0
+    assert json.loads(output)
+    code, output, errors = say("finetune", settings_file, "--json")
+    result = json.loads(output)
+    assert (code, result["ending"], result["step"]) == (0, "finished", 2)
+    assert "2 steps" in errors
+    code, output, errors = say("finetune", settings_file, "--resume")
+    assert code == 0
+    assert "is finished already" in output
+    code, output, _ = say("evaluate", tmp_path / "run", "--json")
+    assert code == 0
+    assert set(json.loads(output)["metrics"]) >= {"accuracy", "loss"}
+    code, output, _ = say("evaluate", tmp_path / "run")
+    assert "accuracy" in output
+    code, output, _ = say("predict", tmp_path / "run", classification_file)
+    rows = [json.loads(line) for line in output.splitlines()]
+    assert len(rows) == 120
+    assert all("label" in row["prediction"] for row in rows)
+    code, output, errors = say("report", tmp_path / "run")
+    assert (code, output.strip()) == (0, str(tmp_path / "run" / "report.html"))
+
+
+def test_a_loss_that_is_not_finite_ends_with_code_one(
+    say: Say, settings_file: Path, tmp_path: Path, tiny_bert: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_bert.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["encoder.layer.1.output.dense.weight"][0, 0] = torch.inf
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    code, _, errors = say("finetune", settings_file, f"model={broken}", "task.validation=null")
+    assert code == 1, errors
+    assert "error: " in errors
+    assert "hint: " in errors
+    assert "Traceback" not in errors
+
+
+# -- in a process of its own -----------------------------------------------------------------------
+
+
+def test_a_reader_that_leaves_early_sees_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fulltune", "assets"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 1
+    assert errors == b""
+
+
+def test_colour_is_for_terminals_and_can_be_refused() -> None:
+    import pty
+
+    def on_terminal(**changes: str) -> bytes:
+        parent, child = pty.openpty()
+        environment = {**ENVIRONMENT, "TERM": "xterm-256color", **changes}
+        command = [sys.executable, "-m", "fulltune", "finetun"]
+        with subprocess.Popen(
+            command, stdout=child, stderr=child, stdin=child, env=environment
+        ) as process:
+            os.close(child)
+            shown = b""
+            while True:
+                try:
+                    block = os.read(parent, 4096)
+                except OSError:
+                    break
+                if not block:
+                    break
+                shown += block
+        os.close(parent)
+        assert process.returncode == 2
+        return shown
+
+    coloured = on_terminal(NO_COLOR="")
+    assert b"\x1b[" in coloured
+    assert b"finetun" in coloured
+    assert b"\x1b[" not in on_terminal(NO_COLOR="1")
+    assert "\x1b[" not in run_process("finetun").stderr
+
+
+def test_ctrl_c_while_tokenizing_ends_with_130_and_no_traceback(
+    tmp_path: Path, settings_file: Path
+) -> None:
+    row = json.dumps({"text": "Where is the red house of Paris? " * 10, "label": "place"})
+    (tmp_path / "many.jsonl").write_text((row + "\n") * 300_000, encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fulltune", "finetune", str(settings_file),
+         f"task.train={tmp_path / 'many.jsonl'}", "task.too_long=truncate", "num_workers=2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert process.stderr is not None
+    seen = b""
+    deadline = time.monotonic() + 120
+    while b"tokenizing" not in seen and time.monotonic() < deadline:
+        seen += os.read(process.stderr.fileno(), 4096)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, seen + errors
+    assert b"Traceback" not in seen + errors
+    assert not (tmp_path / "run").exists()
