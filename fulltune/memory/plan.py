@@ -25,7 +25,7 @@ _UNITS = Units(("GiB", "MiB"))
 _BYTES = {"GiB": 2**30, "MiB": 2**20}
 MICRO_BATCH_TOKENS = (2048, 1024, 512, 256)
 """Tried in turn. On CPU 2,048 tokens are as fast as more, since the matrix products are saturated."""
-LOSS_CHUNK_BYTES = 256 * 2**20
+LOSS_CHUNK_BYTES = 64 * 2**20
 
 
 def _parse_memory(value: object) -> str:
@@ -112,7 +112,7 @@ def plan_memory(
     masters = 4 * num_trained if compute_bytes < 4 else 0
     for tokens in MICRO_BATCH_TOKENS:
         held = max(tokens, longest)
-        loss = 2 * LOSS_CHUNK_BYTES + vocabulary * (4 + compute_bytes) if has_vocabulary_loss else 0
+        loss = LOSS_CHUNK_BYTES + vocabulary * (4 + 2 * compute_bytes) if has_vocabulary_loss else 0
         plan = MemoryPlan(
             tokens,
             {

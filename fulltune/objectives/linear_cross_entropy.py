@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Smaller chunks cost speed: the weight's gradient is read and written once per chunk.
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 64 * 2**20
 # On a CPU the passes over float32 logits run inside the cache, one block of rows after another.
 _CPU_BLOCK_BYTES = 4 * 2**20
 

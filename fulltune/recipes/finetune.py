@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import psutil
 import torch
@@ -40,7 +40,7 @@ from fulltune.runtime import (
     finish_runtime,
     start_runtime,
 )
-from fulltune.tracking import Display, TrackingConfig, make_display
+from fulltune.tracking import Display, TrackingConfig, check_sinks, make_display
 from fulltune.train.loop import Ending
 from fulltune.train.ranks import from_main_rank, on_all_ranks, on_main_rank
 from fulltune.train.run_folder import (
@@ -85,6 +85,8 @@ class Config(Settings):
     """How often a checkpoint is saved; one is always saved at the end and when interrupted."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Newest checkpoints kept."""
+    save_as: Literal["fp32", "bf16"] = "fp32"
+    """Weights in `model/`: exact in `fp32`; `bf16` rounds them and halves the folder."""
     num_workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that tokenize; null is one for each core."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -114,6 +116,7 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
     metric = check_metric(
         config.evaluate.metric, config.task.kind, retention=bool(config.evaluate.retention)
     )
+    check_sinks(config.tracking)
     runtime = start_runtime(config.device)
     try:
         found = on_all_ranks(runtime, lambda: check_run_folder(folder, config, resume=resume))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from fulltune.assets import PREFIX, find_asset
 from fulltune.data.preview import to_json
 from fulltune.errors import CheckpointError, RunFolderError
+from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import save_model
 from fulltune.report.report import render_model_card, write_report
 from fulltune.runtime import (
@@ -37,30 +42,67 @@ from fulltune.train.run_folder import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from fulltune.recipes.trainer import Trainer
+
+WRITTEN = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""The setting `save_as` as a dtype."""
 
 
 def finish(trainer: Trainer, ending: Ending) -> None:
-    """Take the best weights, write the model, and say where everything came from."""
+    """Take the best weights, measure and write the model, and say where everything came from."""
     step = trainer.progress.step
     prune_checkpoints(trainer.folder / CHECKPOINTS, keep=trainer.config.keep_checkpoints)
+    # Nothing steps any more: its state makes room for the model that is written.
+    trainer.optimizer.free_state()
     best = trainer.folder / CHECKPOINTS / f"best-{trainer.best.best_step or 0:08d}"
     if trainer.best.best_step is not None and trainer.best.best_step != step and best.exists():
-        _write_model(trainer, trainer.folder / "model-last")
+        last, _ = _exact_model(trainer)
+        _write_model(trainer, last, trainer.folder / "model-last")
+        del last
         _take(trainer, best)
         trainer.display.notice(
             f"the weights of step {trainer.best.best_step} are kept, the best by "
             f"`{trainer.best.metric}`; those of step {step} are in `model-last`"
         )
-    trainer.sample(step)
-    # Nothing steps any more: its state makes room for the base model, loaded to be compared with.
-    trainer.optimizer.free_state()
-    change = _weight_change(trainer)
+    model, change = _exact_model(trainer)
     _say_what_moved(trainer, change)
+    _measure_as_written(trainer, model)
+    trainer.sample(step, model)
     manifest = _manifest(trainer, ending, change)
-    _write_model(trainer, trainer.folder / MODEL, card=render_model_card(manifest))
+    _write_model(trainer, model, trainer.folder / MODEL, card=render_model_card(manifest))
     with write_errors(trainer.folder):
         _write_facts(trainer, manifest)
+
+
+def _exact_model(trainer: Trainer) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+    """The base model with the float32 masters in it, and how far each layer moved.
+
+    The model in training holds the masters' rounding; what rounding removed belongs to the result.
+    """
+    model = trainer.load_base()
+    install_fast_kernels(model)
+    parameters = dict(model.named_parameters())
+    change = _weight_change(trainer, parameters)
+    with torch.no_grad():
+        for name, master in trainer.masters.items():
+            parameters[name].copy_(master)
+    for parameter in parameters.values():  # not the buffers: rotary frequencies stay float32
+        parameter.data = parameter.data.to(WRITTEN[trainer.config.save_as])
+    return model, change
+
+
+def _measure_as_written(trainer: Trainer, model: PreTrainedModel) -> None:
+    """The results of the run are those of the weights that are written, in their dtype."""
+    dtype = WRITTEN[trainer.config.save_as]
+    if dtype == trainer.precision.dtype or not trainer.last_metrics:
+        return  # the last evaluation, or that of the best step, was of the same weights
+    trainer.display.stage("evaluating the model as it is written")
+    trainer.last_metrics, trainer.last_details = trainer.measure(model)
+    trainer.tracker.write(
+        "result", step=trainer.progress.step, dtype=trainer.config.save_as, **trainer.last_metrics
+    )
 
 
 def _write_facts(trainer: Trainer, manifest: dict[str, Any]) -> None:
@@ -101,7 +143,9 @@ def _take(trainer: Trainer, best: Path) -> None:
     trainer.last_metrics, trainer.last_details = state["metrics"], state["details"]
 
 
-def _write_model(trainer: Trainer, folder: Path, card: str | None = None) -> None:
+def _write_model(
+    trainer: Trainer, model: PreTrainedModel, folder: Path, card: str | None = None
+) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     info = {
         "kind": trainer.config.task.kind,
@@ -112,16 +156,15 @@ def _write_model(trainer: Trainer, folder: Path, card: str | None = None) -> Non
     with write_errors(folder), ExitStack() as leftovers:
         # Gone by then, unless the disk was full: its room is wanted back.
         leftovers.callback(shutil.rmtree, temporary, ignore_errors=True)
-        save_model(trainer.model, trainer.base.tokenizer, temporary, info=info)
+        save_model(model, trainer.base.tokenizer, temporary, info=info)
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
         flush_folder(temporary)
         replace_folder(temporary, folder)
 
 
-def _weight_change(trainer: Trainer) -> list[dict[str, Any]]:
-    """How far each layer moved from the base model, which is loaded once more to see it."""
-    base = dict(trainer.load_base().named_parameters())
+def _weight_change(trainer: Trainer, base: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """How far each layer moved from the base model."""
     groups: dict[str, list[float]] = {}
     layers = trainer.layers
     for name, master in trainer.masters.items():

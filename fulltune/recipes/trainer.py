@@ -193,7 +193,7 @@ class Trainer:
         ):
             self._say_what_starts(resumed_step)
             if resumed_step is None:
-                on_main_rank(self.runtime, lambda: self.sample(0))
+                on_main_rank(self.runtime, lambda: self.sample(0, self.model))
                 if self.config.task.validation is not None:
                     self._evaluate(0)
             if resumed_step is not None and self.best.should_stop:
@@ -346,31 +346,36 @@ class Trainer:
 
     # -- once in a while ---------------------------------------------------------------------------
 
-    def _evaluate(self, step: int) -> bool:
-        """Measure on the validation split; True asks to stop early."""
-        if self.config.task.validation is None and not self.retention:
-            return False
-        self.display.stage("evaluating")
+    def measure(self, model: PreTrainedModel) -> tuple[dict[str, float], dict[str, Any]]:
+        """Metrics and details of a model on the validation split and on the retention text."""
         metrics: dict[str, float] = {}
+        details: dict[str, Any] = {}
         if self.config.task.validation is not None:
             result: EvaluationResult = evaluate_model(
-                self.model,
+                model,
                 self.objective,
                 self.prepared.dataset,
                 self.prepared.validation,
                 kind=self.config.task.kind,
                 micro_batch_tokens=self.plan.micro_batch_tokens,
             )
-            metrics |= result.metrics
-            self.last_details = result.details
+            metrics, details = dict(result.metrics), result.details
         if self.retention:
             assert isinstance(self.objective, CausalLM)
             metrics["retention_loss"] = evaluate_retention(
-                self.model,
+                model,
                 self.objective,
                 self.retention,
                 micro_batch_tokens=self.plan.micro_batch_tokens,
             )
+        return metrics, details
+
+    def _evaluate(self, step: int) -> bool:
+        """Measure on the validation split; True asks to stop early."""
+        if self.config.task.validation is None and not self.retention:
+            return False
+        self.display.stage("evaluating")
+        metrics, self.last_details = self.measure(self.model)
         # Every rank measured all of it; where their last bits differ, they still stop together.
         metrics = from_main_rank(self.runtime, metrics)
         self.last_metrics = metrics
@@ -393,7 +398,7 @@ class Trainer:
             )
         return self.best.should_stop
 
-    def sample(self, step: int) -> None:
+    def sample(self, step: int, model: PreTrainedModel) -> None:
         """Answer a few held-out prompts, to be read before and after."""
         count = self.config.evaluate.num_samples
         if self.config.task.kind != "chat" or not count or not len(self.prepared.validation):
@@ -406,7 +411,7 @@ class Trainer:
         examples = find_examples(self.config.task, wheres)
         conversations = [examples[where] for where in wheres if where in examples]
         samples: list[Sample] = sample_answers(
-            self.model,
+            model,
             self.base.tokenizer,
             [example for example in conversations if isinstance(example, ChatExample)],
             num_samples=count,
