@@ -24,7 +24,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 
 def cache_dir() -> Path:
-    """Where downloads and tokenized data are kept: `FULLTUNE_CACHE`, else the user's cache folder."""
+    """Where downloads and tokenized data are kept: `FULLTUNE_CACHE`, else the user's cache."""
     if chosen := os.environ.get("FULLTUNE_CACHE"):
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -139,7 +139,7 @@ class PrecisionChoice:
 
 
 def choose_precision(precision: Precision, device: torch.device) -> PrecisionChoice:
-    """`auto` takes bf16 where its matrix products are measured at least 1.5 times as fast as fp32's."""
+    """`auto` takes bf16 where its products are measured at least 1.5 times as fast as fp32's."""
     import torch
 
     rates = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -189,6 +190,14 @@ def test_a_setting_that_cannot_be_is_refused_before_the_model_is_opened(
     said = refuse("finetune", chat_settings, "model=there/is/no/model", *overrides)
     assert message in said
     assert hint in said.partition("hint: ")[2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_tracker_that_is_not_installed_is_named_with_its_extra(
+    refuse: Refuse, chat_settings: Path
+) -> None:
+    said = refuse("finetune", chat_settings, "tracking.sinks=[wandb]")
+    assert "fulltune[wandb]" in said
 
 
 def test_settings_are_refused_alike_in_the_file(
@@ -545,7 +554,8 @@ def test_a_run_folder_of_another_run_or_of_other_files_is_left_alone(
     assert "is not empty, and holds no run" in said
     (workplace / "file").write_text("precious")
     assert "`file` is a file" in refuse("finetune", chat_settings, "run_dir=file", *resume)
-    assert "file" in refuse("finetune", chat_settings, "run_dir=file/run", *resume)
+    said = refuse("finetune", chat_settings, "run_dir=file/run", *resume)
+    assert "file` is a file" in said
 
 
 def test_an_unfinished_run_is_gone_on_with_by_resume(

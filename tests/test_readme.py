@@ -18,7 +18,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = ["duration=2 steps", "batch=4 examples", "task.validation=8 examples", "evaluate.num_samples=1"]
+SHORT = [
+    "duration=2 steps",
+    "batch=4 examples",
+    "task.validation=8 examples",
+    "evaluate.num_samples=1",
+]
 SHORT_TASK = {"configs/trec-minilm.yaml": SHORT[:3], "configs/smollm2-chat.yaml": SHORT}
 
 

@@ -87,7 +87,7 @@ def encode_segments(
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end an assistant turn: what the template writes after it, and the tokenizer's eos."""
+    """Tokens that end an assistant turn: what the template writes after it, and the eos token."""
     ids = {tokenizer.eos_token_id} - {None}
     probe = [Message("user", "a"), Message("assistant", "b")]
     if tokenizer.chat_template:

@@ -99,9 +99,9 @@ class TaskConfig(Settings):
     kind: TaskKind
     """What is trained: `chat`, `text` or `classification`."""
     train: str | tuple[str, ...]
-    """Training data: a file, a folder, `asset:NAME`, or a Hub data set `hub:OWNER/NAME[:SPLIT]`; or a list of these."""
+    """Training data: a file, a folder, `asset:NAME`, `hub:OWNER/NAME[:SPLIT]`, or a list."""
     validation: str | None = "5%"
-    """Held-out data: a share (`5%`), a number (`500 examples`), a source like `train`, or null for none."""
+    """Held-out data: a share (`5%`), a number (`500 examples`), a source like `train`, or null."""
     format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification"
     ] = "auto"
@@ -113,8 +113,9 @@ class TaskConfig(Settings):
     max_length: Annotated[int, Field(ge=2)] | None = None
     """Longest example in tokens; null is the model's context length."""
     too_long: Literal["error", "truncate", "drop"] = "error"
-    """What happens to an example longer than `max_length`; `text` documents are always cut into windows instead, losing nothing."""
+    """What happens to an example longer than `max_length`. Documents of `text` are always cut into
+    windows instead, losing nothing."""
     template: str | None = None
-    """Chat: a Jinja file, or `chatml`, for a model without a chat template; null uses the model's own."""
+    """Chat: a Jinja file, or `chatml`, for a model without a chat template; null uses its own."""
     deduplicate: bool = False
     """Drop examples that repeat an earlier one exactly."""

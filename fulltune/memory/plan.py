@@ -1,9 +1,9 @@
 """How many tokens a forward pass may hold, from a formula, before anything is allocated.
 
 The formula (bytes; N parameters, h width, L layers, V vocabulary, T tokens of a micro-batch) counts
-weights, float32 masters, float32 gradients, optimizer state, the activations that the backward pass
-needs, and the buffers of the loss. It is checked against the first steps of every run, and the error
-is written into the run's log.
+weights, float32 masters, float32 gradients, optimizer state, the activations that the backward
+pass needs, and the buffers of the loss. It is checked against the first steps of every run, and the
+error is written into the run's log.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _UNITS = Units(("GiB", "MiB"))
 _BYTES = {"GiB": 2**30, "MiB": 2**20}
 MICRO_BATCH_TOKENS = (2048, 1024, 512, 256)
-"""Tried in turn. On CPU 2,048 tokens are as fast as more, since the matrix products are saturated."""
+"""Tried in turn. On a CPU more than 2,048 tokens are no faster: the products are saturated."""
 LOSS_CHUNK_BYTES = 64 * 2**20
 
 
@@ -127,8 +127,9 @@ def plan_memory(
         if plan.predicted_bytes <= limit:
             return plan
     shown = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.parts.items())
+    free = "are free" if memory == "auto" else "are allowed by `memory`"
     raise MemoryPlanError(
         f"the run needs about {format_bytes(plan.predicted_bytes)} ({shown}), "
-        f"and {format_bytes(limit)} {'are free' if memory == 'auto' else 'are allowed by `memory`'}",
+        f"and {format_bytes(limit)} {free}",
         hint="raise `memory`, lower `task.max_length`, or train less with `scope: last 4 layers`",
     )

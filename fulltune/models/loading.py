@@ -88,7 +88,9 @@ def resolve_model(source: str) -> Path:
                 for other in assets.list_assets()
                 if other.kind == "model"
             )
-            raise AssetError(f"`{source}` is data, not a model", hint=f"models are {', '.join(names)}")
+            raise AssetError(
+                f"`{source}` is data, not a model", hint=f"models are {', '.join(names)}"
+            )
         folder = assets.fetch(source)
     elif source.lower().endswith(".gguf"):
         folder = _converted_gguf(Path(source).expanduser())

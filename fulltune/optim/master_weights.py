@@ -1,8 +1,8 @@
 """float32 weights and gradients behind a model that computes in bfloat16.
 
 The optimizer only ever sees float32: it steps on the masters, and the model's weights are their
-rounding. Gradients arrive in bfloat16, one parameter at a time, and are added in float32 at once, so
-that a cut into more micro-batches loses nothing. A float32 model is its own master.
+rounding. Gradients arrive in bfloat16, one parameter at a time, and are added in float32 at once,
+so that a cut into more micro-batches loses nothing. A float32 model is its own master.
 """
 
 from __future__ import annotations

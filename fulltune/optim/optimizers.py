@@ -131,7 +131,7 @@ def _adafactor(groups: list[dict[str, object]], config: OptimizerConfig) -> torc
 
 
 def _muon(groups: list[dict[str, object]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    # Scaled to the size of AdamW's updates (Moonlight, Liu et al., 2025), so that one `lr` serves both.
+    # Scaled to the size of AdamW's updates (Moonlight, Liu et al., 2025): one `lr` serves both.
     return torch.optim.Muon(groups, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
 
 
@@ -199,7 +199,7 @@ class Optimizer:
         )
 
     def step(self, step: int) -> None:
-        """Update the masters from their gradients, round them into the model, free the gradients."""
+        """Update the masters from their gradients and round them into the model."""
         factor = self._factor(step)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:

@@ -94,7 +94,8 @@ def check_task(task: TaskConfig) -> None:
             )
     if task.labels is not None and len(set(task.labels)) != max(2, len(task.labels)):
         raise ConfigError(
-            f"`task.labels` cannot be `[{', '.join(task.labels)}]`: it needs two or more, all different",
+            f"`task.labels` cannot be `[{', '.join(task.labels)}]`: "
+            "it needs two or more, all different",
             hint="leave it out to take the labels of the training data",
         )
     for source in (task.train,) if isinstance(task.train, str) else task.train:
@@ -116,7 +117,8 @@ def make_objective(
     context = context_length(base.config)
     if task.max_length is not None and task.max_length > context:
         raise ConfigError(
-            f"`task.max_length` is {task.max_length:,}, but the model's context is {context:,} tokens",
+            f"`task.max_length` is {task.max_length:,}, but the model's context is {context:,} "
+            "tokens",
             hint=f"give at most {context}, or null for all of it",
         )
     family = family_of(base.config)

@@ -19,7 +19,7 @@ from fulltune.tracking.numbers import (
     name_of,
     printable,
 )
-from fulltune.tracking.sinks import Tracker, TrackingConfig
+from fulltune.tracking.sinks import Tracker, TrackingConfig, check_sinks
 
 __all__ = [
     "Display",
@@ -28,6 +28,7 @@ __all__ = [
     "PlainDisplay",
     "Tracker",
     "TrackingConfig",
+    "check_sinks",
     "format_bytes",
     "format_duration",
     "format_number",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import time
 from collections.abc import Mapping
@@ -90,6 +91,17 @@ class Tracker:
         self.close()
 
 
+def check_sinks(config: TrackingConfig) -> None:
+    """Refuse a sink whose package is not installed, without importing it.
+
+    Raises:
+        MissingExtraError: naming the extra to install.
+    """
+    for name in config.sinks:
+        if importlib.util.find_spec(name) is None:
+            raise _missing_extra(name)
+
+
 def _open_sink(
     name: SinkName,
     run_folder: Path,
@@ -105,14 +117,18 @@ def _open_sink(
 
 
 def _import_extra(module: str, sink: SinkName) -> Any:
-    extra = "track" if sink == "tensorboard" else sink
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(
-            f"the settings send metrics to `{sink}`, whose package is not installed",
-            hint=f"pip install 'fulltune[{extra}]'",
-        ) from error
+        raise _missing_extra(sink) from error
+
+
+def _missing_extra(sink: SinkName) -> MissingExtraError:
+    extra = "track" if sink == "tensorboard" else sink
+    return MissingExtraError(
+        f"the settings send metrics to `{sink}`, whose package is not installed",
+        hint=f"`pip install 'fulltune[{extra}]'`, or leave it out of `tracking.sinks`",
+    )
 
 
 class _TensorBoardSink:

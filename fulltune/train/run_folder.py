@@ -77,6 +77,11 @@ def check_run_folder(folder: Path, config: S, *, resume: bool) -> S | None:
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"`{folder}` is a file", hint="give `run_dir` another name")
     parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not parent.is_dir():
+        raise RunFolderError(
+            f"`{folder}` cannot be made: `{parent}` is a file",
+            hint="give `run_dir` a folder you may write in",
+        )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise RunFolderError(
             f"`{folder}` cannot be made: no permission to write in `{parent}`",

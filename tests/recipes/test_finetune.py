@@ -1,4 +1,4 @@
-"""`finetune` end to end on tiny real models: it learns, its folder is whole, and it resumes exactly."""
+"""`finetune` end to end on tiny real models: it learns, its folder is whole, it resumes exactly."""
 
 from __future__ import annotations
 
@@ -252,8 +252,10 @@ def test_scope_trains_only_what_it_names(
 def test_a_signal_saves_says_so_and_exits_130(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, number: signal.Signals
 ) -> None:
-    config = make_config(tmp_path / "run", tiny_llama, chat_file, duration="5000 steps", save_every="5000 steps",
-                         evaluate={"every": "5000 steps", "num_samples": 0})  # fmt: skip
+    config = make_config(
+        tmp_path / "run", tiny_llama, chat_file, duration="5000 steps", save_every="5000 steps",
+        evaluate={"every": "5000 steps", "num_samples": 0},
+    )  # fmt: skip
     file = tmp_path / "config.yaml"
     file.write_text(dump_config(config), encoding="utf-8")
     process = subprocess.Popen(

@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "nothing") == (None, [])
     (save(tmp_path, 1) / "state.json").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint .* is whole.*state.json"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* is whole.*state\.json"):
         last_checkpoint(tmp_path)
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fulltune.models.families import layer_of, num_layers
-from fulltune.models.loading import load_model, load_tokenizer
 
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.tasks import ChatExample, Message
+from fulltune.models.families import layer_of, num_layers
+from fulltune.models.loading import load_model, load_tokenizer
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.optim.master_weights import MasterWeights
 from fulltune.optim.optimizers import Optimizer, OptimizerConfig, group_parameters
@@ -111,7 +111,7 @@ def test_the_update_does_not_depend_on_how_the_step_is_cut(
     model_dir = request.getfixturevalue(family)
     whole, cut = step_with_cut(model_dir, [8]), step_with_cut(model_dir, sizes)
     for name, expected in whole.items():
-        # AdamW's first update divides a gradient by itself, so only the tiniest gradients can differ.
+        # AdamW's first update divides a gradient by itself: only the tiniest gradients can differ.
         torch.testing.assert_close(cut[name], expected, rtol=1e-4, atol=2e-5, msg=name)
 
 
