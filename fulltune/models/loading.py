@@ -279,7 +279,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
     else:
         raise ConfigError(
             f"chat template `{template}` is neither built in nor a file",
-            hint=f"give the path of a Jinja file, or {' or '.join(f'`{n}`' for n in CHAT_TEMPLATES)}",
+            hint="give the path of a Jinja file, or "
+            + " or ".join(f"`{name}`" for name in CHAT_TEMPLATES),
         )
     previous, tokenizer.chat_template = tokenizer.chat_template, text
     try:

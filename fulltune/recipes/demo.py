@@ -13,11 +13,11 @@ from fulltune.recipes import finetune
 SETTINGS = {
     "model": "asset:smollm2-135m-instruct",
     "task": {"kind": "chat", "train": "asset:alpaca-en", "validation": "50 examples"},
-    "duration": "40 steps",
+    "duration": "24 steps",
     "batch": "16 examples",
     "optimizer": {"lr": 1e-4, "warmup": "5%", "schedule": "cosine"},
-    "evaluate": {"every": "20 steps"},
-    "save_every": "20 steps",
+    "evaluate": {"every": "12 steps"},
+    "save_every": "12 steps",
 }
 
 
