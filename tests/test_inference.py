@@ -366,7 +366,7 @@ def test_the_kind_is_read_from_the_folder_or_inferred_and_stated(
     (written / "fulltune.json").write_text(json.dumps(info), encoding="utf-8")
     assert load_for_inference(str(written), device=CPU).kind == "text"
     assert load_for_inference(str(written.parent), device=CPU).path == written
-    with pytest.raises(ModelError, match="has no trained head"):
+    with pytest.raises(ModelError, match="without a trained head"):
         load_for_inference(str(tiny_bert), device=CPU)
 
 
