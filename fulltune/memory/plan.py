@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 _UNITS = Units(("GiB", "MiB"))
 _BYTES = {"GiB": 2**30, "MiB": 2**20}
-MICRO_BATCH_TOKENS = (2048, 1024, 512, 256)
-"""Tried in turn. On a CPU more than 2,048 tokens are no faster: the products are saturated."""
+MICRO_BATCH_TOKENS = {
+    "cpu": (1024, 512, 256),
+    "cuda": (32768, 16384, 8192, 4096, 2048, 1024, 512, 256),
+}
+"""Tried in turn. On a CPU more tokens are no faster: the products are saturated at 1,024."""
 LOSS_CHUNK_BYTES = 64 * 2**20
 
 
@@ -68,6 +71,7 @@ def plan_memory(
     longest: int,
     has_vocabulary_loss: bool,
     has_lean_kernels: bool,
+    device_type: str,
 ) -> MemoryPlan:
     """The largest micro-batch that fits.
 
@@ -82,6 +86,7 @@ def plan_memory(
         available_bytes: free memory of the device.
         longest: tokens of the longest example, which no micro-batch can be smaller than.
         has_vocabulary_loss: whether tokens are predicted.
+        device_type: `cpu` or `cuda`.
         has_lean_kernels: whether norms and gated products are formed again in the backward pass.
 
     Raises:
@@ -110,7 +115,7 @@ def plan_memory(
         per_layer += compute_bytes * (width + inner) + 8 * width
     per_token = layers * per_layer
     masters = 4 * num_trained if compute_bytes < 4 else 0
-    for tokens in MICRO_BATCH_TOKENS:
+    for tokens in MICRO_BATCH_TOKENS[device_type]:
         held = max(tokens, longest)
         loss = LOSS_CHUNK_BYTES + vocabulary * (4 + 2 * compute_bytes) if has_vocabulary_loss else 0
         plan = MemoryPlan(

@@ -168,6 +168,7 @@ class Trainer:
             longest=int(self.prepared.dataset.lengths.max()),
             has_vocabulary_loss=self.objective.head == "causal_lm",
             has_lean_kernels=bool(self.kernels),
+            device_type=device.type,
         )
         self.display.stage(
             f"memory: about {format_bytes(plan.predicted_bytes)} predicted, "
