@@ -114,7 +114,7 @@ def run_benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for peer in options.peers:
         child = run_script("peers", {"peer": peer, "imports_only": True}, folder, options)
         imports[peer] = child["peak_bytes"]
-    start_loss = judge(model, folder, options)["loss"]
+    before = judge(model, folder, options)
     runs: list[dict[str, Any]] = []
     rates = []
     for round_index in range(options.rounds):
@@ -151,7 +151,7 @@ def run_benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "data": facts,
         "bf16_flops": rate,
         "bf16_flops_of_each_round": rates,
-        "held_out_loss_before": start_loss,
+        "held_out_loss_before": before["held_out_loss"],
         "peers": {peer: summarize(peer, runs) for peer in options.peers},
         "runs": runs,
     }
@@ -186,7 +186,7 @@ def run_peer(
     run = {
         "peer": peer,
         "seed": seed,
-        "held_out_loss": judge(str(model_out), folder, options)["loss"],
+        **judge(str(model_out), folder, options),
         "peak_bytes": child["peak_bytes"],
         "wall_seconds": child["wall_seconds"],
         "cpu_seconds": child["cpu_seconds"],
@@ -270,10 +270,14 @@ def rates_of(steps: list[dict[str, float]], skip: int) -> dict[str, float]:
     }
 
 
-def judge(model: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def judge(model: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Held-out loss of a model folder, by the same few lines for every peer."""
     job = {"what": "loss", "model": model, "rows": str(folder / "held_out.jsonl")}
-    return run_script("measure", job, folder, options)
+    measured = run_script("measure", job, folder, options)
+    return {
+        "held_out_loss": measured["loss"],
+        "held_out_loss_in_bf16": measured["loss_bf16"],
+    }
 
 
 def run_script(
@@ -332,7 +336,8 @@ def summarize(peer: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over rounds, losses over seeds, ratios to the baseline of the same round."""
     own = [run for run in runs if run["peer"] == peer]
     baseline = {run["round"]: run for run in runs if run["peer"] == BASELINE}
-    losses = list({run["seed"]: run["held_out_loss"] for run in own}.values())
+    by_seed = {run["seed"]: run for run in own}.values()
+    losses = [run["held_out_loss"] for run in by_seed]
 
     def median(key: str) -> float:
         return statistics.median(run[key] for run in own)
@@ -353,6 +358,9 @@ def summarize(peer: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "held_out_loss_mean": statistics.mean(losses),
         "held_out_loss_spread": max(losses) - min(losses),
         "held_out_loss_of_each_seed": losses,
+        "held_out_loss_in_bf16_mean": statistics.mean(
+            run["held_out_loss_in_bf16"] for run in by_seed
+        ),
         "speed_ratio": ratio("tokens_per_second"),
         "memory_ratio": ratio("peak_bytes"),
     }
@@ -364,7 +372,7 @@ def print_result(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['settings']['kind']} rows, {result['settings']['model']}")
     for name in (
         "peer", "tokens/s", "targets/s", "peak GiB", "above imports", "held-out loss", "spread",
-        "bf16 rate used", "speed", "memory", "tokens seen", "targets seen",
+        "loss in bf16", "bf16 rate used", "speed", "memory",
     ):  # fmt: skip
         table.add_column(name, justify="left" if name == "peer" else "right")
     for peer, row in result["peers"].items():
@@ -376,19 +384,19 @@ def print_result(result: dict[str, Any]) -> None:
             f"{(row['peak_bytes'] - row['imports_bytes']) / GIB:.2f}",
             f"{row['held_out_loss_mean']:.4f}",
             f"{row['held_out_loss_spread']:.4f}",
+            f"{row['held_out_loss_in_bf16_mean']:.4f}",
             f"{row['matmul_share']:.0%}",
             "-" if row["speed_ratio"] is None else f"{row['speed_ratio']:.2f} x",
             "-" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f} x",
-            str(row["num_tokens"]),
-            str(row["num_targets"]),
         )
-    console = Console(width=None if sys.stdout.isatty() else 172)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table)
     console.print(
         f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_average']:.1f}; "
         f"bf16 products {result['bf16_flops'] / 1e9:,.0f} GFLOP/s; commit {result['commit']}\n"
-        f"rows of {data['mean_tokens']:.0f} tokens (longest {data['longest_tokens']}), "
-        f"{data['share_trained']:.0%} trained; held-out loss before: "
+        f"every peer: {data['num_train_rows']} rows, {data['num_tokens']:,} tokens (mean "
+        f"{data['mean_tokens']:.0f}, longest {data['longest_tokens']}), {data['num_targets']:,} "
+        f"targets; {data['num_held_out_targets']:,} held out, loss before "
         f"{result['held_out_loss_before']:.4f}; speed and memory against {BASELINE}",
         highlight=False,
     )

@@ -36,21 +36,34 @@ def matmul_rate(size: int = 2048) -> float:
 
 
 def held_out_loss(model: str, rows: Path) -> dict[str, float]:
-    """Mean loss per target in nats: float32, one row at a time, no padding and no packing."""
+    """Mean loss per target in nats: float32, one row at a time, no padding and no packing.
+
+    Twice: of the weights as they were saved, and of the same weights rounded to bf16. A short run
+    moves many weights by less than bf16 can hold, so what a folder is saved in is seen in the loss.
+    """
     import torch
-    from torch.nn import functional
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    lines = rows.read_text(encoding="utf-8").splitlines()
+    parsed = [json.loads(line) for line in lines]
+    as_saved = mean_loss(network, parsed)
+    return {"loss": as_saved, "loss_bf16": mean_loss(network.bfloat16().float(), parsed)}
+
+
+def mean_loss(network: Any, rows: list[dict[str, list[int]]]) -> float:
+    """Loss summed over all targets, then divided once."""
+    import torch
+    from torch.nn import functional
+
     loss_sum, num_targets = 0.0, 0
     with torch.inference_mode():
-        for line in rows.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in rows:
             logits = network(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
             labels = torch.tensor(row["labels"][1:])
             loss_sum += functional.cross_entropy(logits, labels, reduction="sum").item()
             num_targets += int((labels != -100).sum())
-    return {"loss": loss_sum / num_targets, "num_targets": num_targets}
+    return loss_sum / num_targets
 
 
 if __name__ == "__main__":

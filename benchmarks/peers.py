@@ -271,6 +271,10 @@ def train_hand(rows: list[Row], job: dict[str, Any]) -> list[dict[str, float]]:
             }
         )
         last, last_cpu = now, cpu
+    del optimizer
+    model.float()
+    for weight, master in zip(model.parameters(), masters, strict=True):
+        weight.data = master.data
     model.save_pretrained(job["model_out"])
     AutoTokenizer.from_pretrained(job["model"]).save_pretrained(job["model_out"])
     return steps
