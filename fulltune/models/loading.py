@@ -134,6 +134,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
                 hint="name them in tokenizer_config.json",
             )
         tokenizer.pad_token = tokenizer.eos_token
+    # Where it was saved after a padded or cut batch, it would do the same to every text, unseen.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -207,6 +210,7 @@ def load_model(
         fresh |= {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
     _check_missing(fresh, model, path, new_head)
     _initialize(model, fresh, seed)
+    _check_generation_config(model, path)
     return model
 
 
@@ -473,6 +477,28 @@ def _check_missing(
             f"`{path}` lacks {len(missing)} weights of {type(model).__name__}: {shown}",
             hint="the folder is incomplete, or config.json belongs to another model",
         )
+
+
+def _check_generation_config(model: PreTrainedModel, path: Path) -> None:
+    """See that it can be written again: transformers reads contradictions that it refuses to write.
+
+    A folder that sets a temperature but not that it samples means to sample.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    try:
+        with quiet_transformers():
+            try:
+                config.validate(strict=True)
+            except ValueError:
+                config.do_sample = True
+                config.validate(strict=True)
+    except ValueError as error:
+        raise ModelError(
+            f"`{path / 'generation_config.json'}` contradicts itself: {error}",
+            hint="correct it, or delete the file",
+        ) from error
 
 
 @torch.no_grad()

@@ -296,6 +296,33 @@ def test_chat_template_by_name_or_file(
         set_chat_template(tokenizer, "absent")
 
 
+def test_a_tokenizer_that_was_saved_while_padding_and_cutting_does_neither(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(tiny_llama, tmp_path / "model")
+    backend = load_tokenizer(folder).backend_tokenizer
+    backend.enable_truncation(4)
+    backend.enable_padding(length=6)
+    backend.save(str(folder / "tokenizer.json"))
+    whole = load_tokenizer(tiny_llama).backend_tokenizer.encode("She sells sea shells by the sea.")
+    found = load_tokenizer(folder).backend_tokenizer.encode("She sells sea shells by the sea.")
+    assert len(whole.ids) > 6
+    assert found.ids == whole.ids
+
+
+def test_a_generation_config_that_forgot_to_sample_can_be_written_again(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(tiny_llama, tmp_path / "model")
+    path = folder / "generation_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "temperature": 0.7, "top_p": 0.9}))
+    model = load_model(folder, head="causal_lm", dtype=torch.float32)
+    save_model(model, load_tokenizer(folder), tmp_path / "saved", info={})
+    written = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert (written["do_sample"], written["temperature"]) == (True, 0.7)
+
+
 def test_damaged_note_is_refused(tmp_path: Path) -> None:
     assert read_info(tmp_path) == {}
     (tmp_path / "fulltune.json").write_text("{")
