@@ -52,7 +52,7 @@ from fulltune.models.loading import (
     resolve_model,
 )
 from fulltune.objectives.base import TooLong, to_device
-from fulltune.objectives.causal_lm import CausalLM
+from fulltune.objectives.causal_lm import CausalLM, require_plain_head
 from fulltune.objectives.classification import Classification
 from fulltune.runtime import preserved_random_state
 
@@ -165,6 +165,7 @@ def build_objective(
     longest = min(max_length or loaded.info.get("max_length", context), context)
     family = family_of(loaded.model.config)
     if loaded.kind != "classification":
+        require_plain_head(loaded.model)
         return CausalLM(loaded.tokenizer, longest, too_long, packing=family.can_pack)
     return Classification(
         loaded.tokenizer,

@@ -141,7 +141,7 @@ PACKING_DECODERS = (
     *("apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "diffllama", "ernie4_5"),
     *("exaone4", "gemma", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox"),
     *("granite", "granitemoe", "helium", "hunyuan_v1_dense", "llama", "ministral", "mistral"),
-    *("mixtral", "modernbert-decoder", "nanochat", "olmo", "olmo2", "olmo3", "opt", "persimmon"),
+    *("mixtral", "nanochat", "olmo", "olmo2", "olmo3", "opt", "persimmon"),
     *("phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "seed_oss", "smollm3", "starcoder2"),
 )
 

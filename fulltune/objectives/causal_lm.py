@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fulltune.data.chat import encode_segments, render_conversation
 from fulltune.data.encoding import EncodedExample, content_hash
 from fulltune.data.tasks import ChatExample, Example, TextExample
-from fulltune.errors import DataError
+from fulltune.errors import DataError, ModelError
 from fulltune.objectives.base import (
     Batch,
     Scores,
@@ -210,8 +211,47 @@ class CausalLM:
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
             logit_scale=logit_scale(model.config),
-            softcap=getattr(model.config.get_text_config(), "final_logit_softcapping", None),
+            softcap=logit_softcap(model.config),
         )
+
+
+@torch.no_grad()
+def require_plain_head(model: PreTrainedModel) -> None:
+    """See that a model's logits are what the loss takes them for: hidden states times weights.
+
+    RoFormer, BigBird and ModernBERT's decoder transform the hidden states once more in between.
+
+    Raises:
+        ModelError: they are not, found by trying on a few tokens.
+    """
+    device = next(model.parameters()).device
+    ids_BT = torch.arange(min(8, model.config.get_text_config().vocab_size), device=device)[None]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        own_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
+        hidden_BTH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+    finally:
+        for module, training in modes:
+            module.training = training
+    head = model.get_output_embeddings()
+    logits_BTV = F.linear(hidden_BTH, head.weight, getattr(head, "bias", None)).float()
+    logits_BTV *= logit_scale(model.config)
+    if cap := logit_softcap(model.config):
+        logits_BTV = cap * torch.tanh(logits_BTV / cap)
+    # Rounding in bfloat16 stays below a hundredth of the largest logit. Logits that are not finite
+    # are for the first step to name.
+    if (logits_BTV - own_BTV).abs().max() > 0.05 * own_BTV.abs().max():
+        raise ModelError(
+            f"models of type `{model.config.model_type}` do not multiply the last hidden states by "
+            "the output weights alone, as the loss does",
+            hint="use a decoder such as Llama, Qwen, Gemma or GPT-2",
+        )
+
+
+def logit_softcap(config: PretrainedConfig) -> float | None:
+    """The bound that Gemma puts on its logits; None without."""
+    return getattr(config.get_text_config(), "final_logit_softcapping", None)
 
 
 def logit_scale(config: PretrainedConfig) -> float:
