@@ -38,7 +38,7 @@ METRICS: dict[str, Metric] = {
 }
 
 _OF_TASK: dict[TaskKind, tuple[str, ...]] = {
-    "chat": ("loss", "perplexity", "bits_per_byte", "retention_loss"),
+    "chat": ("loss", "perplexity", "retention_loss"),
     "text": ("loss", "perplexity", "bits_per_byte", "retention_loss"),
     "classification": ("loss", "accuracy", "macro_f1", "weighted_f1", "matthews"),
 }

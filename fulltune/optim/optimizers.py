@@ -22,7 +22,8 @@ class OptimizerConfig(Settings):
     """The optimizer, its learning rate over the run, and clipping."""
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
-    """`muon` steps the matrices of the layers; embeddings, head and vectors go to AdamW."""
+    """`muon` steps the matrices of the layers; embeddings, head and vectors go to AdamW.
+    The `lr` of `adafactor` is a share of a weight's size: 1e-3 is like 2e-5 with the others."""
     lr: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate."""
     head_lr: Annotated[float, Field(gt=0)] | None = None
@@ -243,5 +244,7 @@ class Optimizer:
                     f"the checkpoint has optimizer state of `{name}`, which is not trained"
                 )
             master = tensors[name]
-            place = value if entry == "step" else value.to(master.device)
-            owners[id(master)].state[master][entry] = place.clone()
+            owner = owners[id(master)]
+            # Fused kernels count their steps on the device, all others on the CPU.
+            counts_on_cpu = entry == "step" and not owner.defaults.get("fused")
+            owner.state[master][entry] = value.to("cpu" if counts_on_cpu else master.device).clone()

@@ -53,7 +53,7 @@ WRITTEN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def finish(trainer: Trainer, ending: Ending) -> None:
     """Take the best weights, measure and write the model, and say where everything came from."""
     step = trainer.progress.step
-    prune_checkpoints(trainer.folder / CHECKPOINTS, keep=trainer.config.keep_checkpoints)
+    prune_checkpoints(trainer.folder / CHECKPOINTS, keep=trainer.config.keep_checkpoints, step=step)
     # Nothing steps any more: its state makes room for the model that is written.
     trainer.optimizer.free_state()
     best = trainer.folder / CHECKPOINTS / f"best-{trainer.best.best_step or 0:08d}"

@@ -29,7 +29,7 @@ from fulltune.models.families import layer_of, num_layers
 from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import load_model
 from fulltune.models.scope import freeze
-from fulltune.objectives.causal_lm import CausalLM
+from fulltune.objectives.causal_lm import CausalLM, require_plain_head
 from fulltune.optim.master_weights import MasterWeights
 from fulltune.optim.optimizers import Optimizer, group_parameters
 from fulltune.recipes.prepare import (
@@ -148,6 +148,8 @@ class Trainer:
             seed=self.config.seed,
         )
         torch.nn.Module.to(model, self.runtime.device)  # in place
+        if self.objective.head == "causal_lm":
+            require_plain_head(model)
         return model
 
     def _plan(self, base_bytes: int) -> MemoryPlan:
@@ -312,7 +314,8 @@ class Trainer:
         if step + 1 == 3:
             self._check_memory(memory)
         if self.spikes.is_spike(result.loss):
-            rows = [example["where"] for micro in micro_batches for example in micro.examples]
+            own = [example["where"] for micro in micro_batches for example in micro.examples]
+            rows = [row for found in from_all_ranks(self.runtime, own) for row in found]
             self.tracker.write("spike", step=step + 1, loss=result.loss, rows=rows)
             self.display.notice(
                 f"spike: loss {result.loss:.3f} at step {step + 1}, rows {', '.join(rows[:5])}"
@@ -463,21 +466,23 @@ class Trainer:
             },
             state=state,
         )
-        prune_checkpoints(folder, keep=self.config.keep_checkpoints)
+        prune_checkpoints(folder, keep=self.config.keep_checkpoints, step=step)
         self.tracker.write(
             "checkpoint", step=step, path=str(path), seconds=time.perf_counter() - start
         )
         self.display.notice(f"saved checkpoint {path.name}")
 
     def _save_best(self, step: int) -> None:
-        """The weights only; earlier ones stay until a checkpoint no longer needs them."""
+        """The weights only; those before them stay where a checkpoint still names them."""
+        folder = self.folder / CHECKPOINTS
         save_checkpoint(
-            self.folder / CHECKPOINTS,
+            folder,
             f"best-{step:08d}",
             step=step,
             tensors={"weights": dict(self.masters.items())},
             state={"metrics": self.last_metrics, "details": self.last_details},
         )
+        prune_checkpoints(folder, keep=self.config.keep_checkpoints, step=step, best_step=step)
 
     def _restore(self) -> int | None:
         """Go back to the newest whole checkpoint; None where the run saved none yet."""

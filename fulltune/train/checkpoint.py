@@ -138,17 +138,27 @@ def find_damage(path: Path) -> str | None:
     return None
 
 
-def prune_checkpoints(folder: Path, *, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and best weights that none of them names.
+def prune_checkpoints(folder: Path, *, keep: int, step: int, best_step: int | None = None) -> None:
+    """Remove what a run that stands at ``step`` needs no more.
+
+    Args:
+        folder: where checkpoints are kept.
+        keep: how many of the newest are kept. Those after ``step`` are not among them: the run went
+            back behind them because they are damaged.
+        step: finished updates.
+        best_step: of best weights that no checkpoint names yet; others that none names are removed.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
-    kept = _by_step(folder)[:keep]
-    named = {f"best-{step:08d}" for step in map(_best_step_of, kept) if step is not None}
+    kept = [path for path in _by_step(folder) if _step_of(path) <= step][:keep]
+    named = {
+        f"best-{best:08d}" for best in (*map(_best_step_of, kept), best_step) if best is not None
+    }
+    old = [path for path in _by_step(folder) if path not in kept]
     best = [path for path in folder.glob("best-*") if path.name not in named]
     try:
-        for path in (*_by_step(folder)[keep:], *best):
+        for path in (*old, *best):
             # Renamed first: a kill in the middle of the removal leaves no torn one by its name.
             doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(doomed)

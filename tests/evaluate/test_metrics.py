@@ -100,6 +100,8 @@ def test_an_unknown_metric_names_the_near_one_and_the_possible_ones() -> None:
 def test_a_metric_of_another_task_is_refused() -> None:
     with pytest.raises(ConfigError, match="`accuracy`, which a chat run does not measure"):
         check_metric("accuracy", "chat")
+    with pytest.raises(ConfigError, match="`bits_per_byte`, which a chat run does not measure"):
+        check_metric("bits_per_byte", "chat")
 
 
 def test_the_retention_loss_can_be_chosen_only_where_it_is_measured() -> None:

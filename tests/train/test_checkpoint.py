@@ -75,8 +75,32 @@ def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path: Path) 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 10, 9):
         save(tmp_path, step)
-    prune_checkpoints(tmp_path, keep=2)
+    prune_checkpoints(tmp_path, keep=2, step=10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000009", "step-00000010"]
+
+
+def test_a_damaged_checkpoint_does_not_push_out_the_whole_ones_before_it(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    (save(tmp_path, 9) / "state.json").unlink()  # the run goes on from 4, and saves again
+    save(tmp_path, 6)
+    prune_checkpoints(tmp_path, keep=1, step=6)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
+
+
+def test_best_weights_stay_while_a_checkpoint_names_them_and_no_longer(tmp_path: Path) -> None:
+    def save_named(name: str, step: int, best_step: int) -> None:
+        tensors = {"weights": {"w": torch.zeros(4)}}
+        state = {"best": {"best_step": best_step}}
+        save_checkpoint(tmp_path, name, step=step, tensors=tensors, state=state)
+
+    save_named("best-00000001", 1, 1)
+    save_named("step-00000002", 2, 1)
+    for step in (3, 4, 5):  # better each time, without a checkpoint between
+        save_named(f"best-{step:08d}", step, step)
+        prune_checkpoints(tmp_path, keep=2, step=step, best_step=step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best-00000001", "best-00000005", "step-00000002",
+    ]  # fmt: skip
 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
