@@ -33,11 +33,11 @@ from transformers import (
 )
 
 from fulltune import assets
-from fulltune.dequantize import dequantize_gguf
+from fulltune.assets.dequantize import dequantize_gguf
+from fulltune.assets.quiet import quiet_transformers
 from fulltune.errors import AssetError, ConfigError, ModelError
 from fulltune.models import attention as _registered  # noqa: F401  (registers "fulltune")
 from fulltune.models.families import Family, family_of, layer_of
-from fulltune.quiet import quiet_transformers
 from fulltune.runtime import cache_dir
 
 logger = logging.getLogger("fulltune")

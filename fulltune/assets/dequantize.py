@@ -11,8 +11,8 @@ import importlib.util
 import shutil
 from pathlib import Path
 
+from fulltune.assets.quiet import quiet_transformers
 from fulltune.errors import MissingExtraError, ModelError
-from fulltune.quiet import quiet_transformers
 
 
 def dequantize_gguf(gguf_file: Path, folder: Path) -> None:

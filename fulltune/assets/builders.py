@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from fulltune.dequantize import dequantize_gguf
+from fulltune.assets.dequantize import dequantize_gguf
 
 MINILM_FILES = (
     "config.json",
