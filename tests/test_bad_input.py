@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -404,8 +405,32 @@ def test_rows_cut_down_to_nothing_are_refused(refuse: Refuse, chat_settings: Pat
     assert "task.max_length" in said
 
 
-def test_preview_refuses_with_the_same_code(refuse: Refuse, chat_settings: Path) -> None:
-    assert "at most 4 fit" in refuse("preview", chat_settings, "task.max_length=4")
+def test_rows_that_do_not_fit_are_counted_before_they_are_refused(
+    refuse: Refuse, chat_settings: Path
+) -> None:
+    said = refuse("finetune", chat_settings, "task.max_length=70")
+    assert re.search(
+        r"`train`: \d+ of \d+ examples .* do not fit; .* would remove [\d,]+ tokens", said
+    )
+    assert "`task.too_long` to `truncate` or `drop`" in said
+
+
+def test_preview_shows_what_does_not_fit_and_ends_with_the_same_code(
+    workplace: Path,
+    chat_settings: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["fulltune", "preview", str(chat_settings), "task.max_length=70", "--json"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    shown = json.loads(capsys.readouterr().out)
+    train = shown["facts"]["splits"][0]
+    assert 0 < train["num_truncated"] < train["num_examples"]
+    assert train["longest"][0]["length"] > 70
+    assert shown["findings"][0]["level"] == "error"
 
 
 # -- models ----------------------------------------------------------------------------------------

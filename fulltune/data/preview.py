@@ -99,6 +99,7 @@ class LongRow(_Facts):
 
     where: str
     length: int
+    """In tokens, before truncation."""
 
 
 class EndFacts(_Facts):
@@ -225,6 +226,7 @@ def _examine_split(
         return tuple(dataset.where(int(index)) for index in indices[mask][:NUM_SHOWN])
 
     lengths = dataset.lengths[indices].astype(np.int64)
+    whole_lengths = lengths + dataset.num_removed[indices]
     removed_targets = dataset.num_removed_targets[indices]
     truncated = dataset.num_removed[indices] > 0
     if by_label:
@@ -258,8 +260,10 @@ def _examine_split(
         ),
         lengths=_measure(lengths) if len(lengths) else None,
         longest=tuple(
-            LongRow(where=dataset.where(int(indices[position])), length=int(lengths[position]))
-            for position in np.argsort(-lengths, kind="stable")[:NUM_SHOWN]
+            LongRow(
+                where=dataset.where(int(indices[position])), length=int(whole_lengths[position])
+            )
+            for position in np.argsort(-whole_lengths, kind="stable")[:NUM_SHOWN]
         ),
         labels=_examine_labels(dataset, indices[~without]) if by_label else None,
         end_of_turn=_look_at_ends(dataset, indices[~without], end_token_ids),
@@ -363,9 +367,14 @@ def _overlap(
 # -- judging ---------------------------------------------------------------------------------------
 
 
-def check(facts: PreviewFacts) -> list[Finding]:
-    """Judge what was counted: errors, then warnings, then notes."""
-    findings = [finding for split in facts.splits for finding in _check_split(split)]
+def check(facts: PreviewFacts, *, may_truncate: bool = True) -> list[Finding]:
+    """Judge what was counted: errors, then warnings, then notes.
+
+    Args:
+        facts: from `examine`.
+        may_truncate: whether cutting off examples was asked for; an error otherwise.
+    """
+    findings = [finding for split in facts.splits for finding in _check_split(split, may_truncate)]
     train = next((split for split in facts.splits if split.name == TRAIN), None)
     if train is not None:
         findings += _check_labels_of_others(train, facts.splits)
@@ -374,7 +383,7 @@ def check(facts: PreviewFacts) -> list[Finding]:
     return sorted(findings, key=lambda finding: levels.index(finding.level))
 
 
-def require_sound(facts: PreviewFacts) -> list[Finding]:
+def require_sound(facts: PreviewFacts, *, may_truncate: bool = True) -> list[Finding]:
     """Stop before the first step where the data cannot be trained on.
 
     Returns:
@@ -383,7 +392,7 @@ def require_sound(facts: PreviewFacts) -> list[Finding]:
     Raises:
         DataError: names every error, not only the first.
     """
-    findings = check(facts)
+    findings = check(facts, may_truncate=may_truncate)
     errors = [finding for finding in findings if finding.level == "error"]
     if errors:
         lines = [
@@ -406,7 +415,7 @@ def to_json(facts: PreviewFacts, findings: Sequence[Finding]) -> str:
     return json.dumps(document, ensure_ascii=False, indent=2)
 
 
-def _check_split(split: SplitFacts) -> list[Finding]:
+def _check_split(split: SplitFacts, may_truncate: bool) -> list[Finding]:
     if split.num_examples == 0:
         return [
             Finding(
@@ -417,7 +426,7 @@ def _check_split(split: SplitFacts) -> list[Finding]:
         ]
     return [
         *_check_targets(split),
-        *_check_truncation(split),
+        *_check_truncation(split, may_truncate),
         *_check_duplicates(split),
         *_check_contradictions(split),
         *_check_ends(split),
@@ -458,17 +467,29 @@ def _check_targets(split: SplitFacts) -> list[Finding]:
     ]
 
 
-def _check_truncation(split: SplitFacts) -> list[Finding]:
+def _check_truncation(split: SplitFacts, may_truncate: bool) -> list[Finding]:
     if split.num_truncated == 0:
         return []
     part = _part(split.num_truncated, split.num_examples)
-    lost = f"{split.num_removed_tokens:,} tokens were removed"
+    removed = f"{split.num_removed_tokens:,} tokens"
+    learned = ""
     if split.labels is None:
-        lost += f", {split.num_removed_targets:,} of them to be learned"
+        learned = f", {split.num_removed_targets:,} of them to be learned"
+    if not may_truncate:
+        return [
+            Finding(
+                level="error",
+                message=f"`{split.name}`: {part} do not fit; "
+                f"cutting them off would remove {removed}{learned}",
+                hint="set `task.too_long` to `truncate` or `drop`, or raise `task.max_length` up "
+                "to the model's context",
+                where=split.truncated,
+            )
+        ]
     return [
         Finding(
             level="warning",
-            message=f"`{split.name}`: {part} are cut off; {lost}",
+            message=f"`{split.name}`: {part} are cut off; {removed} were removed{learned}",
             hint="raise `task.max_length`, or write `task.too_long: drop`",
             where=split.truncated,
         )

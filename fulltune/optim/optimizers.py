@@ -59,10 +59,11 @@ class OptimizerConfig(Settings):
             "epsilon": self.name != "adafactor",
             "momentum": self.name == "muon",
             "decay": self.schedule == "wsd",
+            "final_lr": self.schedule != "constant",
         }
         for key, has_effect in only.items():
             if not has_effect and getattr(self, key) != type(self).model_fields[key].default:
-                other = "schedule" if key == "decay" else "name"
+                other = "schedule" if key in ("decay", "final_lr") else "name"
                 raise ValueError(
                     f"`optimizer.{key}` has no effect with "
                     f"`optimizer.{other}: {getattr(self, other)}`; leave it out"

@@ -15,6 +15,7 @@ from fulltune.config import BatchSize, Duration, Period, Quantity, Settings
 from fulltune.data.preview import require_sound
 from fulltune.data.records import read_records
 from fulltune.data.tasks import TaskConfig, TextExample
+from fulltune.errors import ConfigError
 from fulltune.evaluate.evaluator import (
     EvaluateConfig,
     encode_retention,
@@ -117,6 +118,7 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
         config.evaluate.metric, config.task.kind, retention=bool(config.evaluate.retention)
     )
     check_sinks(config.tracking)
+    _refuse_settings_without_effect(config)
     runtime = start_runtime(config.device)
     try:
         found = on_all_ranks(runtime, lambda: check_run_folder(folder, config, resume=resume))
@@ -128,6 +130,16 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
             return _run(config, found, metric, runtime, shown)
     finally:
         finish_runtime()
+
+
+def _refuse_settings_without_effect(config: Config) -> None:
+    if config.task.validation is None:
+        for name in ("metric", "stop_after"):
+            if getattr(config.evaluate, name) is not None:
+                raise ConfigError(
+                    f"`evaluate.{name}` has no effect with `task.validation: null`",
+                    hint="hold something out, such as `task.validation: 5%`, or leave it out",
+                )
 
 
 class _Silent:
@@ -167,7 +179,10 @@ def _run(
     )
     display.stage("reading and tokenizing the data")
     prepared = _prepare_on_all_ranks(config, objective, runtime, display)
-    for finding in on_all_ranks(runtime, lambda: require_sound(prepared.facts)):
+    may_truncate = config.task.too_long != "error"
+    for finding in on_all_ranks(
+        runtime, lambda: require_sound(prepared.facts, may_truncate=may_truncate)
+    ):
         if finding.level == "warning":
             display.notice(f"warning: {finding.message}")
     for note in prepared.notes:

@@ -208,10 +208,7 @@ def _manifest(trainer: Trainer, ending: Ending, change: list[dict[str, Any]]) ->
         "base_model": trainer.config.model,
         "base_model_hash": source_fingerprint_of_model(trainer.base.path),
         "task": trainer.config.task.kind,
-        "data": [
-            {**source, "rows": trainer.prepared.dataset.num_records if index == 0 else None}
-            for index, source in enumerate(trainer.prepared.sources)
-        ],
+        "data": trainer.prepared.sources,
         "settings": trainer.config.model_dump(mode="json"),
         "results": trainer.last_metrics,
         "best_step": trainer.best.best_step,

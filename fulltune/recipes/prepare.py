@@ -92,6 +92,12 @@ def check_task(task: TaskConfig) -> None:
             raise ConfigError(
                 f"`task.{name}` has no effect with `task.kind: {task.kind}`", hint="leave it out"
             )
+    if task.kind == "text" and task.too_long != "error":
+        raise ConfigError(
+            "`task.too_long` has no effect with `task.kind: text`, whose documents are cut into "
+            "windows",
+            hint="leave it out",
+        )
     if task.labels is not None and len(set(task.labels)) != max(2, len(task.labels)):
         raise ConfigError(
             f"`task.labels` cannot be `[{', '.join(task.labels)}]`: "
@@ -167,13 +173,16 @@ def prepare(
         DataError: a row cannot be used. Findings of the checks are returned, not raised.
     """
     train_sources = (task.train,) if isinstance(task.train, str) else tuple(task.train)
+    # One row that does not fit is an error, but first all of them are counted.
+    may_truncate = task.too_long != "error"
+    encoder = objective if may_truncate else replace(objective, too_long="truncate")
 
     def encode(sources: Sequence[str]) -> EncodedDataset:
         return encode_dataset(
             sources,
             task,
-            objective.encode,
-            encode_fingerprint=objective.fingerprint,
+            encoder.encode,
+            encode_fingerprint=encoder.fingerprint,
             num_workers=num_cores() if num_workers is None else num_workers,
             cache_dir=cache_dir() / "encoded",
             progress=progress,
@@ -186,11 +195,12 @@ def prepare(
     train, validation = split.train, split.validation
     if split.note:
         notes.append(split.note)
-    sources = [_describe_source(source) for source in train_sources]
+    rows = parts[0].num_records if len(train_sources) == 1 else None
+    sources = [_describe_source(source, rows) for source in train_sources]
     if isinstance(wanted, Source):
         parts.append(encode([wanted.source]))
         validation = np.arange(len(parts[1]), dtype=np.int64) + len(parts[0])
-        sources.append(_describe_source(wanted.source))
+        sources.append(_describe_source(wanted.source, parts[1].num_records))
     dataset = JoinedDataset(parts)
     if dataset.num_duplicates_dropped:
         notes.append(f"{dataset.num_duplicates_dropped:,} exact duplicates dropped")
@@ -205,9 +215,8 @@ def prepare(
         splits["validation"] = validation
     ends = end_of_turn_ids(objective.tokenizer) if task.kind == "chat" else set()
     facts = examine(dataset, splits, end_token_ids=ends)
-    return Prepared(
-        objective, dataset, train, validation, facts, check(facts), tuple(notes), sources
-    )
+    findings = check(facts, may_truncate=may_truncate)
+    return Prepared(objective, dataset, train, validation, facts, findings, tuple(notes), sources)
 
 
 def _check_labels(labels: Sequence[str], dataset: JoinedDataset) -> None:
@@ -246,5 +255,6 @@ def find_examples(
     return found
 
 
-def _describe_source(source: str) -> dict[str, Any]:
-    return {"source": source, "fingerprint": source_fingerprint(source)}
+def _describe_source(source: str, rows: int | None) -> dict[str, Any]:
+    """Of several sources only the sum of their rows is known, which belongs to none of them."""
+    return {"source": source, "fingerprint": source_fingerprint(source), "rows": rows}

@@ -197,6 +197,8 @@ def test_truncation_is_never_silent() -> None:
 
     assert finding.level == "warning"
     assert "1,200 tokens were removed, 800 of them to be learned" in finding.message
+    with pytest.raises(DataError, match=r"1 of 2 examples .* do not fit; .* remove 1,200 tokens"):
+        require_sound(facts_of([chat_row(0), row]), may_truncate=False)
     assert finding.where == ("chat.jsonl:2",)
 
 

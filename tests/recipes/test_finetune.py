@@ -318,12 +318,19 @@ def test_retention_is_measured_on_a_text_of_its_own(
         ({"scope": "last 9 layers"}, "the model has 2 layers"),
         ({"device": "cuda:7"}, "that GPU is not there"),
         ({"evaluate": {"metric": "acuracy"}}, "acuracy"),
+        ({"task.validation": None, "evaluate": {"stop_after": 2}}, "`evaluate.stop_after` has no"),
+        ({"task.kind": "text", "task.too_long": "drop"}, "`task.too_long` has no effect"),
+        ({"optimizer": {"schedule": "constant", "final_lr": 0.1}}, "`optimizer.final_lr` has no"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_written(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, changes: dict[str, Any], message: str
 ) -> None:
+    task = {"kind": "chat", "train": str(chat_file)}
+    for key in [key for key in changes if key.startswith("task.")]:
+        task[key.removeprefix("task.")] = changes[key]
+    others = {key: value for key, value in changes.items() if not key.startswith("task.")}
     with pytest.raises(FulltuneError, match=message) as caught:
-        finetune.run(make_config(tmp_path / "run", tiny_llama, chat_file, **changes))
+        finetune.run(make_config(tmp_path / "run", tiny_llama, chat_file, task=task, **others))
     assert isinstance(caught.value, ConfigError) or caught.value.hint
     assert not (tmp_path / "run").exists()
