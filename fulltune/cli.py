@@ -198,9 +198,12 @@ def evaluate(
         ),
     ] = None,
     too_long: Annotated[
-        Literal["error", "truncate", "drop"],
-        typer.Option(help="What happens to an example longer than the model was trained for."),
-    ] = "error",
+        Literal["error", "truncate", "drop"] | None,
+        typer.Option(
+            help="What happens to an example of the data longer than the model was trained for; "
+            "an error by default."
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:

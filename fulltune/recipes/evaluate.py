@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ import numpy as np
 from fulltune.config import build_config, read_yaml
 from fulltune.data.encoding import encode_dataset
 from fulltune.data.joined import JoinedDataset
-from fulltune.data.tasks import TaskConfig
-from fulltune.errors import ConfigError
+from fulltune.data.tasks import TaskConfig, TaskKind
+from fulltune.errors import ConfigError, DataError
 from fulltune.evaluate.evaluator import evaluate_model
-from fulltune.inference import Loaded, build_objective, load_for_inference
+from fulltune.inference import build_objective, load_for_inference
 from fulltune.objectives.base import TooLong
+from fulltune.objectives.causal_lm import CausalLM
+from fulltune.objectives.classification import Classification
 from fulltune.recipes.finetune import Config
 from fulltune.recipes.prepare import prepare
 from fulltune.runtime import cache_dir, choose_device, num_cores
 from fulltune.tracking import make_display
-from fulltune.train.run_folder import CONFIG, has_run
+from fulltune.train.run_folder import CONFIG, has_run, read_manifest
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def run(
     *,
     data: str | None = None,
     columns: dict[str, str] | None = None,
-    too_long: TooLong = "error",
+    too_long: TooLong | None = None,
     device: str = "auto",
 ) -> EvaluationReport:
     """Evaluate a model on ``data``, or a run on its own validation split.
@@ -50,37 +53,44 @@ def run(
         data: labelled rows in any format that training reads; None takes the validation split of
             the run that ``model`` is, or lies in.
         columns: our field name -> the column's name.
-        too_long: what happens to an example longer than the model was trained for.
+        too_long: what happens to an example of ``data`` that is longer than the model was trained
+            for; None is an error.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ConfigError: there is neither data nor a run with a validation split.
+        ConfigError: there is neither data nor a run with a validation split, or what has an effect
+            on ``data`` alone is given without it.
+        DataError: the data of the run has changed, so that its split would be another one.
     """
+    if data is None and (columns or too_long is not None):
+        raise ConfigError(
+            "`--column` and `--too-long` have no effect on the validation split of a run, which is "
+            "read as the run read it",
+            hint="leave them out, or name other data with `--data FILE`",
+        )
     with make_display(title=f"evaluate {model}") as display:
         display.stage("loading the model")
         loaded = load_for_inference(model, device=choose_device(device))
         display.stage("reading and tokenizing the data")
         if data is None:
-            config = _config_of_run(Path(model))
-            prepared = prepare(
-                build_objective(loaded, too_long=config.task.too_long),
-                config.task,
-                seed=config.seed,
-            )
+            folder, config = _run_of(Path(model))
+            objective = build_objective(loaded, too_long=config.task.too_long)
+            prepared = prepare(objective, config.task, seed=config.seed)
+            _require_unchanged(folder, prepared.sources)
             dataset, indices = prepared.dataset, prepared.validation
             named = f"validation split of {config.run_dir}"
         else:
-            dataset = _encode(loaded, data, columns or {}, too_long)
+            objective = build_objective(loaded, too_long=too_long or "error")
+            dataset = _encode(objective, loaded.kind, data, columns or {})
             indices, named = np.arange(len(dataset)), data
         display.stage(f"evaluating {len(indices):,} examples")
-        objective = build_objective(loaded, too_long=too_long)
         result = evaluate_model(loaded.model, objective, dataset, indices, kind=loaded.kind)
     return EvaluationReport(
         model, named, result.num_examples, result.num_targets, result.metrics, result.details
     )
 
 
-def _config_of_run(path: Path) -> Config:
+def _run_of(path: Path) -> tuple[Path, Config]:
     for folder in (path, path.parent):
         if has_run(folder):
             config = build_config(Config, read_yaml(folder / CONFIG))
@@ -89,16 +99,35 @@ def _config_of_run(path: Path) -> Config:
                     f"the run in `{folder}` held nothing out",
                     hint="name the data with `--data FILE`",
                 )
-            return config
+            return folder, config
     raise ConfigError(
         f"`{path}` is not a run, so there is no validation split",
         hint="name the data with `--data FILE`",
     )
 
 
-def _encode(loaded: Loaded, data: str, columns: dict[str, str], too_long: TooLong) -> JoinedDataset:
-    task = TaskConfig(kind=loaded.kind, train=data, validation=None, columns=columns)
-    objective = build_objective(loaded, too_long=too_long)
+def _require_unchanged(folder: Path, sources: Sequence[Mapping[str, Any]]) -> None:
+    """Of other rows another share would be held out, and the model may have been trained on it."""
+    recorded = {
+        entry["source"]: entry["fingerprint"] for entry in read_manifest(folder).get("data", ())
+    }
+    changed = [
+        source["source"]
+        for source in sources
+        if recorded.get(source["source"], source["fingerprint"]) != source["fingerprint"]
+    ]
+    if changed:
+        raise DataError(
+            f"{', '.join(f'`{name}`' for name in changed)} changed since the run in `{folder}`, so "
+            "its validation split is not the one that was held out",
+            hint="restore the data, or name other data with `--data FILE`",
+        )
+
+
+def _encode(
+    objective: CausalLM | Classification, kind: TaskKind, data: str, columns: dict[str, str]
+) -> JoinedDataset:
+    task = TaskConfig(kind=kind, train=data, validation=None, columns=columns)
     encoded = encode_dataset(
         [data],
         task,

@@ -142,11 +142,6 @@ def _open(
     first = list(itertools.islice(records, ROWS_LOOKED_AT))
     loaded = load_for_inference(model, device=choose_device(device), dtype=dtype)
     config = TaskConfig(kind=loaded.kind, train=source, columns=dict(columns))
-    if config.kind != loaded.kind:
-        raise DataError(
-            f"the rows are to be read as {config.kind}, but `{model}` is a {loaded.kind} model",
-            hint=f"set the kind to `{loaded.kind}`",
-        )
     layout = recognise_format(first, config, needs_label=False)
     return itertools.chain(first, records), layout, loaded
 
