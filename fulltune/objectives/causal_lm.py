@@ -145,10 +145,9 @@ class CausalLM:
         windows: list[EncodedExample] = []
         for start in range(0, max(len(input_ids) - 1, 1), self.max_length - 1):
             window = input_ids[start : start + self.max_length]
-            first, last = (
-                offsets[min(start + 1, len(offsets) - 1)],
-                offsets[start + len(window) - 1],
-            )
+            predicted = offsets[start + 1 : start + len(window)] or [(0, 0)]
+            # Not the last one's: an end token that the tokenizer adds lies at (0, 0).
+            first, last = predicted[0][0], max(end for _, end in predicted)
             windows.append(
                 EncodedExample(
                     input_ids=window,
@@ -159,7 +158,7 @@ class CausalLM:
                     num_removed_targets=0,
                     input_hash=document_hash,
                     example_hash=content_hash(example.text, str(start)),
-                    num_bytes=len(example.text[first[0] : last[1]].encode()),
+                    num_bytes=len(example.text[first:last].encode()),
                     where=example.where,
                 )
             )

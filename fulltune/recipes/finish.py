@@ -16,6 +16,7 @@ from torch import Tensor
 from fulltune.assets import PREFIX, find_asset
 from fulltune.data.preview import to_json
 from fulltune.errors import CheckpointError, RunFolderError
+from fulltune.inference import stop_ids
 from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import save_model
 from fulltune.report.report import render_model_card, write_report
@@ -88,6 +89,10 @@ def _exact_model(trainer: Trainer) -> tuple[PreTrainedModel, list[dict[str, Any]
     with torch.no_grad():
         for name, master in trainer.masters.items():
             parameters[name].copy_(master)
+    generation = getattr(model, "generation_config", None)
+    if trainer.config.task.kind == "chat" and generation is not None:
+        # What ends an answer here ends it wherever the folder is loaded.
+        generation.eos_token_id = stop_ids(model, trainer.base.tokenizer)
     for parameter in parameters.values():  # not the buffers: rotary frequencies stay float32
         parameter.data = parameter.data.to(WRITTEN[trainer.config.save_as])
     return model, change

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fulltune.data.tasks import TextExample
 from fulltune.errors import ModelError
-from fulltune.objectives.causal_lm import require_plain_head
+from fulltune.models.loading import load_tokenizer
+from fulltune.objectives.causal_lm import CausalLM, require_plain_head
 
 
 def make_model(model_type: str, **values: Any) -> Any:
@@ -42,6 +46,22 @@ def test_scaled_and_capped_logits_are_what_the_loss_takes_them_for(
     model_type: str, values: dict[str, Any], dtype: torch.dtype
 ) -> None:
     require_plain_head(make_model(model_type, **values).to(dtype))
+
+
+@pytest.mark.parametrize("adds_end", [False, True])
+def test_the_bytes_of_a_text_are_those_of_its_predicted_tokens(
+    tiny_llama: Path, adds_end: bool
+) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    if adds_end:
+        end = [("<|im_end|>", tokenizer.eos_token_id)]
+        processor = processors.TemplateProcessing("$0 <|im_end|>", special_tokens=end)
+        tokenizer.backend_tokenizer.post_processor = processor
+    text = "She sells sea shells by the sea shore. " * 4
+    windows = CausalLM(tokenizer, 16).encode(TextExample(text, "here"))
+    assert len(windows) > 2
+    first = len(tokenizer.decode(windows[0]["input_ids"][:1]))
+    assert sum(window["num_bytes"] for window in windows) == len(text) - first
 
 
 def test_a_model_that_transforms_its_last_hidden_states_is_refused() -> None:

@@ -230,6 +230,22 @@ def test_early_stopping_keeps_the_best_model_and_the_last(
         assert (tmp_path / "run" / "model-last").is_dir()
 
 
+def test_the_written_model_stops_where_the_template_ends_a_turn(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = "<|endoftext|>"  # as in a base model that was given a chat template
+    tokenizer.save_pretrained(base)
+    path = base / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
+    run_dir = tmp_path / "run"
+    finetune.run(make_config(run_dir, base, chat_file, duration="1 step"))
+    written = json.loads((run_dir / "model" / "generation_config.json").read_text())
+    assert set(written["eos_token_id"]) == {tokenizer.eos_token_id, end_of_turn}
+
+
 @pytest.mark.parametrize(
     ("scope", "moving"), [("head", {"head"}), ("last 1 layers", {"head", "layer 1"})]
 )
