@@ -27,6 +27,12 @@ Batch: TypeAlias = dict[str, Any]
 TooLong: TypeAlias = Literal["error", "truncate", "drop"]
 
 
+PACKED_MULTIPLE = 32
+"""A packed row is filled up to a multiple of this by a document of padding that nothing attends to
+and nothing is trained on. oneDNN compiles and keeps a kernel for each shape of a product: with a
+new length at every step it would compile all the time and its cache would grow for minutes."""
+
+
 @dataclass
 class Scores:
     """What a forward pass without gradients measured, as sums that add up over batches."""
@@ -101,11 +107,18 @@ def collate_tokens(
     if examples[0]["token_type_ids"]:
         names.append("token_type_ids")
     if packing:
+        filler = -sum(lengths) % PACKED_MULTIPLE
         batch: Batch = {
-            name: torch.tensor([[value for example in examples for value in example[name]]])
+            name: torch.tensor(
+                [
+                    [value for example in examples for value in example[name]]
+                    + [padding * (name == "input_ids")] * filler
+                ]
+            )
             for name in names
         }
-        batch |= make_document_kwargs(lengths, torch.device("cpu"))
+        documents = [*lengths, filler] if filler else lengths
+        batch |= make_document_kwargs(documents, torch.device("cpu"))
         return batch, torch.tensor([0, *lengths[:-1]]).cumsum(0)
     longest = max(lengths)
     batch = {

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = 64 * 2**20
 # On a CPU the passes over float32 logits run inside the cache, one block of rows after another.
 _CPU_BLOCK_BYTES = 4 * 2**20
+_ROWS_MULTIPLE = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +109,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, settings.chunk_bytes // (vocabulary_size * hidden_NH.element_size()))
         num_chunks = math.ceil(num_positions / rows)
         rows = math.ceil(num_positions / max(1, num_chunks))  # chunks of like size
+        if rows > _ROWS_MULTIPLE:
+            # oneDNN compiles and keeps a kernel for each shape: few shapes, and one small rest.
+            rows -= rows % _ROWS_MULTIPLE
+            num_chunks = math.ceil(num_positions / rows)
         grad_hidden_NH = torch.empty_like(hidden_NH) if wanted[0] else None
         grad_bias_V = weight_VH.new_zeros(vocabulary_size, dtype=reduced) if wanted[3] else None
         grad_weight_VH = product_VH = None
