@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = 64 * 2**20
 # On a CPU the passes over float32 logits run inside the cache, one block of rows after another.
 _CPU_BLOCK_BYTES = 4 * 2**20
+# oneDNN compiles and keeps a kernel for each shape of a product, so there should be few shapes.
 _ROWS_MULTIPLE = 32
 
 
@@ -109,11 +111,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, settings.chunk_bytes // (vocabulary_size * hidden_NH.element_size()))
         num_chunks = math.ceil(num_positions / rows)
         rows = math.ceil(num_positions / max(1, num_chunks))  # chunks of like size
-        if rows > _ROWS_MULTIPLE:
-            # oneDNN compiles and keeps a kernel for each shape: few shapes, and one small rest.
-            rows -= rows % _ROWS_MULTIPLE
-            num_chunks = math.ceil(num_positions / rows)
-        grad_hidden_NH = torch.empty_like(hidden_NH) if wanted[0] else None
+        rows += -rows % _ROWS_MULTIPLE
+        num_chunks = math.ceil(num_positions / max(1, rows))
+        # Rows of zeros behind the last position are multiplied with the others and then forgotten.
+        filled_NH = F.pad(hidden_NH, (0, 0, 0, -num_positions % _ROWS_MULTIPLE))
+        grad_filled_NH = torch.empty_like(filled_NH) if wanted[0] else None
         grad_bias_V = weight_VH.new_zeros(vocabulary_size, dtype=reduced) if wanted[3] else None
         grad_weight_VH = product_VH = None
         if wanted[1]:
@@ -131,7 +133,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         for start in range(0, num_positions, max(1, rows)):
             end = min(num_positions, start + rows)
-            hidden_CH, chunk_CV = hidden_NH[start:end], logits_CV[: end - start]
+            hidden_CH = filled_NH[start : start + rows]
+            chunk_CV = logits_CV[: hidden_CH.shape[0]]
             if bias_V is None:
                 torch.mm(hidden_CH, weight_VH.T, out=chunk_CV)
             else:
@@ -150,13 +153,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_bias_V,
                 )
             # From here on the chunk holds the gradients of its logits.
-            if grad_hidden_NH is not None:
-                torch.mm(chunk_CV, weight_VH, out=grad_hidden_NH[start:end])
+            chunk_CV[end - start :].zero_()
+            if grad_filled_NH is not None:
+                torch.mm(chunk_CV, weight_VH, out=grad_filled_NH[start : start + rows])
             if grad_weight_VH is not None and product_VH is not None:
                 torch.mm(chunk_CV.T, hidden_CH, out=product_VH)
                 if grad_weight_VH is not product_VH:
                     grad_weight_VH.add_(product_VH)
 
+        grad_hidden_NH = None if grad_filled_NH is None else grad_filled_NH[:num_positions]
         ctx.gradients = (grad_hidden_NH, grad_weight_VH, None, grad_bias_V, None)
         ctx.dtypes = (hidden_NH.dtype, weight_VH.dtype, None, weight_VH.dtype, None)
         # The terms are added in float64: a step may hold more targets than float32 can count.
