@@ -105,6 +105,12 @@ def _positive(quantity: Quantity) -> Quantity:
     return quantity
 
 
+def _whole(quantity: Quantity) -> Quantity:
+    if quantity.value != int(quantity.value):
+        raise ValueError("must be a whole number")
+    return quantity
+
+
 _DURATION = _quantity("epochs", "steps", "tokens")
 _BATCH = _quantity("tokens", "examples")
 _PERIOD = _quantity("steps", "epochs")
@@ -112,7 +118,7 @@ _WARMUP = _quantity("%", "steps")
 
 Duration = Annotated[Quantity, *_DURATION, AfterValidator(_positive)]
 """How long to train: `3 epochs`, `500 steps` or `2e9 tokens`."""
-BatchSize = Annotated[Quantity, *_BATCH, AfterValidator(_positive)]
+BatchSize = Annotated[Quantity, *_BATCH, AfterValidator(_positive), AfterValidator(_whole)]
 """How much one optimizer step sees: `32768 tokens` or `64 examples`."""
 Period = Annotated[Quantity, *_PERIOD, AfterValidator(_positive)]
 """How often: `100 steps` or `1 epoch`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import platform
@@ -67,6 +68,9 @@ def start_runtime(device: str = "auto") -> Runtime:
             torch.cuda.set_device(chosen)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        # Left at the end of the process, not of a run: a second group would find stale keys of the
+        # first in the launcher's store, and wait for ever.
+        atexit.register(dist.destroy_process_group)
     return Runtime(chosen, int(os.environ.get("RANK", "0")), world_size)
 
 
@@ -101,14 +105,6 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
             f"`device` cannot be {device!r}", hint="choose from auto, cpu, cuda, cuda:N"
         )
     return chosen
-
-
-def finish_runtime() -> None:
-    """Leave the group of ranks, if there is one."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, *, size: int = 1024) -> float:

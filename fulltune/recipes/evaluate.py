@@ -52,7 +52,7 @@ def run(
         model: a run folder, a model folder, a Hub name, a `.gguf` file or `asset:NAME`.
         data: labelled rows in any format that training reads; None takes the validation split of
             the run that ``model`` is, or lies in.
-        columns: our field name -> the column's name.
+        columns: our field name -> the column's name; None is what the model was trained with.
         too_long: what happens to an example of ``data`` that is longer than the model was trained
             for; None is an error.
         device: `auto`, `cpu` or `cuda`.
@@ -81,7 +81,9 @@ def run(
             named = f"validation split of {config.run_dir}"
         else:
             objective = build_objective(loaded, too_long=too_long or "error")
-            dataset = _encode(objective, loaded.kind, data, columns or {})
+            dataset = _encode(
+                objective, loaded.kind, data, columns or loaded.info.get("columns", {})
+            )
             indices, named = np.arange(len(dataset)), data
         display.stage(f"evaluating {len(indices):,} examples")
         result = evaluate_model(loaded.model, objective, dataset, indices, kind=loaded.kind)

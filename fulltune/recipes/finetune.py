@@ -38,7 +38,6 @@ from fulltune.runtime import (
     Precision,
     Runtime,
     choose_precision,
-    finish_runtime,
     start_runtime,
 )
 from fulltune.tracking import Display, TrackingConfig, check_sinks, make_display
@@ -120,16 +119,13 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
     check_sinks(config.tracking)
     _refuse_settings_without_effect(config)
     runtime = start_runtime(config.device)
-    try:
-        found = on_all_ranks(runtime, lambda: check_run_folder(folder, config, resume=resume))
-        if found is not None and is_finished(folder):
-            return Result(folder, "finished", 0, {}, already_finished=True, is_main=runtime.is_main)
-        if not runtime.is_main:
-            return _run(config, found, metric, runtime, _Silent())
-        with display or make_display(title=str(folder), metric=metric) as shown:
-            return _run(config, found, metric, runtime, shown)
-    finally:
-        finish_runtime()
+    found = on_all_ranks(runtime, lambda: check_run_folder(folder, config, resume=resume))
+    if found is not None and is_finished(folder):
+        return Result(folder, "finished", 0, {}, already_finished=True, is_main=runtime.is_main)
+    if not runtime.is_main:
+        return _run(config, found, metric, runtime, _Silent())
+    with display or make_display(title=str(folder), metric=metric) as shown:
+        return _run(config, found, metric, runtime, shown)
 
 
 def _refuse_settings_without_effect(config: Config) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fulltune import __version__
 from fulltune.assets import PREFIX, find_asset
 from fulltune.data.preview import to_json
 from fulltune.errors import CheckpointError, RunFolderError
@@ -66,6 +67,11 @@ def finish(trainer: Trainer, ending: Ending) -> None:
         trainer.display.notice(
             f"the weights of step {trainer.best.best_step} are kept, the best by "
             f"`{trainer.best.metric}`; those of step {step} are in `model-last`"
+        )
+    elif trainer.best.best_step == 0:
+        trainer.display.notice(
+            f"no evaluation was better by `{trainer.best.metric}` than the one before training; "
+            f"`model` holds the weights of step {step}"
         )
     model, change = _exact_model(trainer)
     _say_what_moved(trainer, change)
@@ -155,7 +161,9 @@ def _write_model(
     info = {
         "kind": trainer.config.task.kind,
         "max_length": trainer.objective.max_length,
+        "columns": dict(trainer.config.task.columns),
         "base_model": trainer.config.model,
+        "fulltune_version": __version__,
         "run": str(trainer.folder),
     }
     with write_errors(folder), ExitStack() as leftovers:

@@ -79,7 +79,7 @@ def run(
         output: a file to be made; None is stdout.
         resume: go on after the complete lines of ``output``, which must be of the same rows.
         settings: how answers are generated.
-        columns: our field name -> the column's name in the data.
+        columns: our field name -> the column's name; None is what the model was trained with.
         too_long: classification: what happens to a text longer than the context. It cannot be
             dropped: the row would be missing from the output.
         device: `auto`, `cpu` or `cuda`.
@@ -92,7 +92,7 @@ def run(
             written.
     """
     started = time.monotonic()
-    records, layout, loaded = _open(model, source, columns or {}, device, dtype, output, resume)
+    records, layout, loaded = _open(model, source, columns, device, dtype, output, resume)
     num_kept = 0
     if output is not None and resume and output.exists():
         num_kept = _keep_complete_lines(output, records)
@@ -117,7 +117,7 @@ def run(
 def _open(
     model: str,
     source: str,
-    columns: Mapping[str, str],
+    columns: Mapping[str, str] | None,
     device: str,
     dtype: torch.dtype | None,
     output: Path | None,
@@ -141,7 +141,9 @@ def _open(
     records = read_records(source)
     first = list(itertools.islice(records, ROWS_LOOKED_AT))
     loaded = load_for_inference(model, device=choose_device(device), dtype=dtype)
-    config = TaskConfig(kind=loaded.kind, train=source, columns=dict(columns))
+    mapped = dict(columns or loaded.info.get("columns", {}))
+    mapped.pop("label", None)
+    config = TaskConfig(kind=loaded.kind, train=source, columns=mapped)
     layout = recognise_format(first, config, needs_label=False)
     return itertools.chain(first, records), layout, loaded
 

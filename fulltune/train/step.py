@@ -112,8 +112,16 @@ def train_step(
 
 
 def _sum_gradients(masters: MasterWeights) -> None:
-    """Add up the gradients of all ranks; a rank without micro-batches adds nothing."""
-    for tensor in masters.tensors():
-        if tensor.grad is None:
-            tensor.grad = torch.zeros_like(tensor)
-        dist.all_reduce(tensor.grad)
+    """Add up the gradients of all ranks; a rank without micro-batches adds nothing.
+
+    A weight that no rank used keeps no gradient, so that it is not decayed either.
+    """
+    tensors = masters.tensors()
+    used = torch.tensor([tensor.grad is not None for tensor in tensors], dtype=torch.int32)
+    used = used.to(tensors[0].device)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    for tensor, is_used in zip(tensors, used.tolist(), strict=True):
+        if is_used:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+            dist.all_reduce(tensor.grad)
