@@ -51,13 +51,19 @@ class MasterWeights:
 
     @staticmethod
     def _collect_gradients(parameter: nn.Parameter, master: Tensor) -> None:
+        # The buffer outlives the step: memory given back is paged in again, zero by zero.
+        buffer: Tensor | None = None
+
         def add(parameter: Tensor) -> None:
+            nonlocal buffer
             gradient = parameter.grad
             parameter.grad = None
             if gradient is None:
                 return
+            if buffer is None:
+                buffer = torch.empty_like(master)
             if master.grad is None:
-                master.grad = gradient.float()
+                master.grad = buffer.copy_(gradient)
             else:
                 master.grad.add_(gradient)
 
@@ -71,7 +77,7 @@ class MasterWeights:
                 parameter.copy_(master)
 
     def zero_grad(self) -> None:
-        """Forget the gradients and free their memory."""
+        """Forget the gradients."""
         for _, master in self._weights.values():
             master.grad = None
 
@@ -90,7 +96,7 @@ class RoundingProbe:
     where adding it to the bfloat16 weight gives the same bfloat16 weight again.
     """
 
-    sample_size = 4096
+    sample_size = 512
 
     def __init__(self, masters: MasterWeights) -> None:
         self._masters = masters
