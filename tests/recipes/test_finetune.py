@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fulltune.config import build_config, dump_config, load_config
 from fulltune.errors import CheckpointError, ConfigError, FulltuneError, RunFolderError
-from fulltune.recipes import finetune
+from fulltune.recipes import evaluate, finetune
 from fulltune.tracking import read_metrics
 from fulltune.train.checkpoint import last_checkpoint
 
@@ -350,3 +350,18 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
         finetune.run(make_config(tmp_path / "run", tiny_llama, chat_file, task=task, **others))
     assert isinstance(caught.value, ConfigError) or caught.value.hint
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("save_as", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_written_model_is_exact_or_rounded_as_asked_and_results_are_its_own(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path, save_as: str, dtype: torch.dtype
+) -> None:
+    run_dir = tmp_path / "run"
+    config = make_config(run_dir, tiny_llama, chat_file, precision="bf16", save_as=save_as)
+    result = finetune.run(config)
+    best = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["best_step"]
+    masters = load_file(run_dir / "checkpoints" / f"best-{best:08d}" / "weights.safetensors")
+    written = load_file(run_dir / "model" / "model.safetensors")
+    assert all(torch.equal(written[name], masters[name].to(dtype)) for name in masters)
+    report = evaluate.run(str(run_dir))
+    assert report.metrics["loss"] == pytest.approx(result.metrics["loss"], rel=1e-5)
