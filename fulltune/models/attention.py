@@ -291,7 +291,7 @@ def _refuse_what_packing_cannot_honour(
     window: int | None,
     kwargs: dict[str, Any],
 ) -> None:
-    hint = "use padded batches for this model (`packing: false`)"
+    hint = "models of this type cannot be packed: `can_pack` in `models/families.py` should say so"
     for name, value in kwargs.items():
         # Output switches arrive as False where they are off.
         if name not in _WITHOUT_EFFECT and value is not None and value is not False:
