@@ -313,7 +313,7 @@ def assistant(content: str = "Hello.") -> dict[str, str]:
     return {"role": "assistant", "content": content}
 
 
-GOOD = json.dumps({"messages": [user(), assistant()]})
+GOOD = [json.dumps({"messages": [user(f"Hello {number}?"), assistant()]}) for number in range(17)]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ GOOD = json.dumps({"messages": [user(), assistant()]})
 def test_a_bad_row_is_named_by_file_and_line(
     refuse: Refuse, workplace: Path, tiny_llama: Path, line: str, message: str
 ) -> None:
-    lines = [GOOD] * 16 + [line, GOOD]
+    lines = [*GOOD[:16], line, GOOD[16]]
     (workplace / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_settings(workplace, tiny_llama, "train.jsonl", "chat")
     said = refuse("finetune", "config.yaml")

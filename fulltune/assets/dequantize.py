@@ -19,12 +19,14 @@ def dequantize_gguf(gguf_file: Path, folder: Path) -> None:
     """Write the model, tokenizer and chat template of a GGUF file into a folder.
 
     Raises:
-        MissingExtraError: the `gguf` package is not installed.
+        MissingExtraError: the `gguf` or `accelerate` package is not installed.
         ModelError: the file is not GGUF, is cut short, or its architecture cannot be converted.
     """
-    if importlib.util.find_spec("gguf") is None:
+    # transformers reads GGUF with the one and loads quantized models with the other.
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
         raise MissingExtraError(
-            f"reading `{gguf_file.name}` needs the package `gguf`",
+            f"reading `{gguf_file.name}` needs the package `{missing[0]}`",
             hint="pip install 'fulltune[demo]'",
         )
     _check_complete(gguf_file)

@@ -17,7 +17,7 @@ def test_every_schedule_warms_up_to_its_peak_and_never_rises_again(schedule: str
     ]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert max(factors) == pytest.approx(1.0)
-    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(factors))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(factors[9:]))
 
 
 @pytest.mark.parametrize(
