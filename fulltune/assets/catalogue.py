@@ -17,7 +17,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 from fulltune.assets import builders
+from fulltune.assets.building import built_whole
 from fulltune.errors import AssetError
 from fulltune.runtime import cache_dir
 
@@ -322,9 +322,7 @@ def fetch(name: str) -> Path:
 
 
 def _build(asset: Asset, archive: Path, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{asset.name}-", dir=folder.parent))
-    try:
+    with built_whole(folder) as building:
         try:
             asset.build(archive, building)
         except (KeyError, tarfile.TarError, zipfile.BadZipFile) as error:
@@ -334,14 +332,6 @@ def _build(asset: Asset, archive: Path, folder: Path) -> None:
             ) from error
         text = json.dumps(describe(asset.name), indent=2, ensure_ascii=False)
         (building / "asset.json").write_text(text + "\n", encoding="utf-8")
-        building.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
-        try:
-            building.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first: its copy is as good
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _archive(asset: Asset) -> Path:

@@ -12,7 +12,6 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +32,7 @@ from transformers import (
 )
 
 from fulltune import assets
+from fulltune.assets.building import built_whole
 from fulltune.assets.dequantize import dequantize_gguf
 from fulltune.assets.quiet import quiet_transformers
 from fulltune.errors import AssetError, ConfigError, ModelError
@@ -311,18 +311,8 @@ def _converted_gguf(gguf_file: Path) -> Path:
     folder = cache_dir() / "models" / f"{gguf_file.stem}-{digest[:12]}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".gguf-", dir=folder.parent))
-    try:
+    with built_whole(folder) as building:
         dequantize_gguf(gguf_file, building)
-        building.chmod(0o755)
-        try:
-            building.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first: its copy is as good
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return folder
 
 

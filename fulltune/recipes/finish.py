@@ -28,8 +28,8 @@ from fulltune.runtime import (
     versions,
 )
 from fulltune.train.checkpoint import (
-    Checkpoint,
     find_damage,
+    open_checkpoint,
     prune_checkpoints,
 )
 from fulltune.train.loop import Ending
@@ -149,9 +149,10 @@ def _take(trainer: Trainer, best: Path) -> None:
     problem = find_damage(best)
     if problem is not None:
         raise CheckpointError(f"the best weights, `{best}`, cannot be used: {problem}")
-    state = json.loads((best / "state.json").read_text(encoding="utf-8"))
-    trainer.masters.load(Checkpoint(best, _number(best), state).tensors("weights"))
-    trainer.last_metrics, trainer.last_details = state["metrics"], state["details"]
+    checkpoint = open_checkpoint(best)
+    trainer.masters.load(checkpoint.tensors("weights"))
+    trainer.last_metrics = checkpoint.state["metrics"]
+    trainer.last_details = checkpoint.state["details"]
 
 
 def _write_model(
@@ -253,7 +254,3 @@ def source_fingerprint_of_model(path: Path) -> dict[str, str]:
         with file.open("rb") as stream:
             hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes
-
-
-def _number(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])

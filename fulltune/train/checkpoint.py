@@ -95,6 +95,12 @@ def save_checkpoint(
     return final
 
 
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint that `find_damage` has found whole."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return Checkpoint(path, _step_of(path), state)
+
+
 def last_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint, and what was wrong with newer ones.
 
@@ -106,8 +112,7 @@ def last_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in _by_step(folder):
         problem = find_damage(path)
         if problem is None:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            return Checkpoint(path, _step_of(path), state), problems
+            return open_checkpoint(path), problems
         problems.append(f"{path.name}: {problem}")
     if problems:
         raise CheckpointError(

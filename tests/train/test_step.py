@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.tasks import ChatExample, Message
@@ -54,6 +55,18 @@ def make_examples(objective: CausalLM, count: int = 8) -> list[EncodedExample]:
     ]
 
 
+def load_without_dropout(model_dir: Path) -> PreTrainedModel:
+    return load_model(
+        model_dir,
+        head="causal_lm",
+        labels=None,
+        dtype=torch.float32,
+        attention="fulltune",
+        dropout=0.0,
+        seed=0,
+    )
+
+
 def make_optimizer(model: torch.nn.Module, dtype: torch.dtype) -> Optimizer:
     masters = MasterWeights(model, dtype)
     config = OptimizerConfig(lr=1e-2, schedule="constant")
@@ -72,15 +85,7 @@ def step_with_cut(
 ) -> dict[str, torch.Tensor]:
     objective = make_objective(model_dir, packing=packing)
     examples = make_examples(objective)
-    model = load_model(
-        model_dir,
-        head="causal_lm",
-        labels=None,
-        dtype=torch.float32,
-        attention="fulltune",
-        dropout=0.0,
-        seed=0,
-    )
+    model = load_without_dropout(model_dir)
     optimizer = make_optimizer(model, dtype)
     micro_batches, start = [], 0
     for size in sizes:
@@ -127,15 +132,7 @@ def test_a_step_without_any_target_changes_nothing_and_is_not_nan(tiny_llama: Pa
         {**example, "targets": [0] * len(example["targets"])}
         for example in make_examples(objective)
     ]
-    model = load_model(
-        tiny_llama,
-        head="causal_lm",
-        labels=None,
-        dtype=torch.float32,
-        attention="fulltune",
-        dropout=0.0,
-        seed=0,
-    )
+    model = load_without_dropout(tiny_llama)
     optimizer = make_optimizer(model, torch.float32)
     for group in optimizer._optimizers[0].param_groups:
         group["weight_decay"] = 0.0
@@ -155,15 +152,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_row(
 ) -> None:
     objective = make_objective(tiny_llama)
     examples = make_examples(objective)
-    model = load_model(
-        tiny_llama,
-        head="causal_lm",
-        labels=None,
-        dtype=torch.float32,
-        attention="fulltune",
-        dropout=0.0,
-        seed=0,
-    )
+    model = load_without_dropout(tiny_llama)
     rare = set(examples[3]["input_ids"]).difference(
         *(example["input_ids"] for index, example in enumerate(examples) if index != 3)
     )
