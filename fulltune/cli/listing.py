@@ -1,0 +1,134 @@
+"""Verbs that say what there is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from fulltune.cli.app import LIST, Json, app
+from fulltune.cli.printing import print_json, print_table
+
+
+@app.command(rich_help_panel=LIST)
+def settings(
+    verb: Annotated[
+        Literal["finetune"], typer.Argument(help="The verb whose settings to list.")
+    ] = "finetune",
+    as_json: Json = False,
+) -> None:
+    """List every setting with what it accepts, its default and its meaning."""
+    from fulltune.config import list_settings
+    from fulltune.recipes import finetune as recipe
+
+    rows = list(list_settings(recipe.Config))
+    if as_json:
+        print_json([vars(row) for row in rows])
+        return
+    print_table(
+        f"Settings of fulltune {verb}",
+        ("setting", "default", "meaning, and what is accepted"),
+        [(row.key, row.default, f"{row.meaning}\n{row.kind}") for row in rows],
+    )
+
+
+@app.command(rich_help_panel=LIST)
+def tasks(as_json: Json = False) -> None:
+    """List the kinds of task."""
+    from fulltune.data.tasks import TASKS
+
+    rows = [
+        {
+            "kind": task.kind, "summary": task.summary, "fields": list(task.fields),
+            "optional_fields": list(task.optional_fields), "metrics": list(task.metrics),
+        }
+        for task in TASKS.values()
+    ]  # fmt: skip
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        "Tasks",
+        ("kind", "what is trained", "fields", "metrics"),
+        [
+            (
+                str(row["kind"]), str(row["summary"]),
+                ", ".join([*task.fields, *(f"[{name}]" for name in task.optional_fields)]),
+                ", ".join(task.metrics),
+            )
+            for row, task in zip(rows, TASKS.values(), strict=True)
+        ],
+    )  # fmt: skip
+
+
+@app.command(rich_help_panel=LIST)
+def models(as_json: Json = False) -> None:
+    """List the families of models, and the models that can be fetched by name."""
+    from fulltune.models.families import FAMILIES
+
+    families: dict[tuple[str, bool], list[str]] = {}
+    for name, family in FAMILIES.items():
+        tasks = "chat, text, classification" if family.can_generate else "classification"
+        families.setdefault((tasks, family.can_pack), []).append(name)
+    if as_json:
+        print_json(
+            {
+                "families": [
+                    {"tasks": tasks.split(", "), "packs": packs, "model_types": names}
+                    for (tasks, packs), names in families.items()
+                ],
+                "models": _describe_assets("model"),
+            }
+        )
+        return
+    print_table(
+        "Families",
+        ("tasks", "packs", "model types of transformers"),
+        [
+            (tasks, "yes" if packs else "no", ", ".join(names))
+            for (tasks, packs), names in sorted(families.items())
+        ]
+        + [("chat, text, classification", "no", "every other decoder with a language model head")],
+    )
+    typer.echo()
+    _print_assets("model")
+    typer.echo("\nAlso a model folder, a run folder, a .gguf file, or a Hub name, OWNER/NAME.")
+
+
+@app.command(rich_help_panel=LIST)
+def assets(as_json: Json = False) -> None:
+    """List models and data that can be fetched by name, with source and licence."""
+    if as_json:
+        print_json(_describe_assets(None))
+        return
+    _print_assets("model")
+    typer.echo()
+    _print_assets("data")
+
+
+def _describe_assets(kind: str | None) -> list[dict[str, str]]:
+    from fulltune.assets import list_assets
+
+    return [
+        {
+            "name": f"asset:{asset.name}", "kind": asset.kind, "summary": asset.summary,
+            "licence": asset.licence, "source": asset.source,
+            "package": f"{asset.package}=={asset.version}",
+        }
+        for asset in list_assets()
+        if kind in (None, asset.kind)
+    ]  # fmt: skip
+
+
+def _print_assets(kind: str) -> None:
+    print_table(
+        "Models by name" if kind == "model" else "Data by name",
+        ("name", "what it is; source, licence and package"),
+        [
+            (
+                row["name"],
+                f"{row['summary']}\n{row['source']}; {row['licence']}; {row['package']}",
+            )
+            for row in _describe_assets(kind)
+        ],
+    )

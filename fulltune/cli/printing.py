@@ -1,0 +1,83 @@
+"""How results look on the terminal, and how a program reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+
+def print_json(value: object) -> None:
+    """JSON on stdout, readable and in UTF-8."""
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows without borders; what follows the first line of a cell is dimmed."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.padding = (0, 2, 0, 0)
+    for index, name in enumerate(header):
+        table.add_column(name, no_wrap=index == 0, overflow="fold", header_style="dim")
+    for row in rows:
+        cells = [cell.partition("\n") for cell in row]
+        table.add_row(*(Text(first + feed).append(rest, "dim") for first, feed, rest in cells))
+    Console(highlight=False).print(table)
+
+
+def print_metrics(report: Any) -> None:
+    """The metrics of an evaluation, and a table of its labels."""
+    from fulltune.tracking import format_number
+
+    typer.echo(f"{report.model} on {report.data}: {report.num_examples:,} examples")
+    width = max(len(name) for name in report.metrics)
+    for name, value in report.metrics.items():
+        typer.echo(f"  {name:<{width}}  {format_number(value)}")
+    per_label = report.details.get("per_label")
+    if per_label:
+        print_table(
+            "Labels",
+            ("label", "precision", "recall", "f1", "examples"),
+            [
+                (
+                    label, f"{values['precision']:.3f}", f"{values['recall']:.3f}",
+                    f"{values['f1']:.3f}", f"{values['support']:,}",
+                )
+                for label, values in per_label.items()
+            ],
+        )  # fmt: skip
+
+
+def parse_columns(pairs: list[str] | None) -> dict[str, str]:
+    """`OURS=YOURS` pairs of the command line."""
+    columns = {}
+    for pair in pairs or []:
+        ours, equals, theirs = pair.partition("=")
+        if not (ours and equals and theirs):
+            from fulltune.errors import ConfigError
+
+            raise ConfigError(
+                f"`--column {pair}` names no column", hint="write `--column text=question`"
+            )
+        columns[ours] = theirs
+    return columns
+
+
+def print_sample(sample: Any) -> None:
+    """One prompt with the answers before and after training, side by side."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(f"Prompt: {sample.prompt}", style="bold"), title_justify="left", expand=True
+    )
+    table.add_column("before", ratio=1, overflow="fold")
+    table.add_column("after", ratio=1, overflow="fold")
+    table.add_row(Text(sample.before), Text(sample.after))
+    Console().print(table)

@@ -1,0 +1,120 @@
+"""Verbs that train, and what comes before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fulltune.cli.app import FLAG, TRAIN, File, Json, Overrides, app
+from fulltune.cli.printing import print_json, print_sample
+
+if TYPE_CHECKING:
+    from fulltune.recipes import finetune as finetune_recipe
+
+
+@app.command(rich_help_panel=TRAIN)
+def demo(
+    run_dir: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Folder of the run.")
+    ] = "runs/demo",
+    resume: Annotated[
+        bool, typer.Option("--resume", metavar=FLAG, help="Go on with an interrupted demo.")
+    ] = False,
+) -> None:
+    """Fine-tune all weights of SmolLM2-135M on real instructions; nothing to configure."""
+    from fulltune.recipes import demo as recipe
+
+    _finetune(recipe.config(_free_folder(run_dir, resume)), resume=resume)
+
+
+@app.command(rich_help_panel=TRAIN)
+def preview(
+    file: File,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=0, metavar="N", help="Examples shown by token.")] = 3,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a run would train on: coloured tokens, counts, leaks between splits."""
+    from fulltune.config import load_config
+    from fulltune.recipes import finetune as recipe
+    from fulltune.recipes import preview as preview_recipe
+
+    config = load_config(recipe.Config, file, overrides or [])
+    if not preview_recipe.run(config, num_samples=samples, html=html, as_json=as_json):
+        raise typer.Exit(2)
+
+
+@app.command(rich_help_panel=TRAIN)
+def finetune(
+    file: File,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            metavar=FLAG,
+            help="Go on from the last checkpoint, or start where there is none.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", metavar=FLAG, help="Print the full settings, and train nothing."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune all weights of a model on a task."""
+    from fulltune.config import dump_config, load_config
+    from fulltune.recipes import finetune as recipe
+
+    config = load_config(recipe.Config, file, overrides or [])
+    if dry_run:
+        typer.echo(dump_config(config), nl=False)
+        return
+    _finetune(config, resume=resume, as_json=as_json)
+
+
+def _finetune(config: finetune_recipe.Config, *, resume: bool, as_json: bool = False) -> None:
+    from fulltune.recipes import demo as demo_recipe
+    from fulltune.recipes import finetune as recipe
+    from fulltune.tracking import format_number, name_of
+
+    result = recipe.run(config, resume=resume)
+    if not result.is_main:
+        return
+    run_dir = result.run_dir
+    if as_json:
+        print_json(
+            {
+                "run_dir": str(run_dir), "ending": result.ending, "step": result.step,
+                "metrics": result.metrics, "model": str(run_dir / "model"),
+            }
+        )  # fmt: skip
+    if result.ending == "interrupted":
+        raise typer.Exit(130)
+    if as_json:
+        return
+    if result.already_finished:
+        typer.echo(f"{run_dir} is finished already")
+    for sample in demo_recipe.compare_samples(run_dir):
+        print_sample(sample)
+    if result.metrics:
+        values = (f"{name_of(key)} {format_number(value)}" for key, value in result.metrics.items())
+        typer.echo(f"result  {', '.join(values)}")
+    kind = config.task.kind
+    verb = "chat" if kind == "chat" else "evaluate"
+    typer.echo(f"model   {run_dir / 'model'}")
+    typer.echo(f"report  {run_dir / 'report.html'}")
+    typer.echo(f"next    fulltune {verb} {run_dir}")
+
+
+def _free_folder(folder: str, resume: bool) -> str:
+    """The demo may be run twice: it takes the first free number."""
+    if resume or not Path(folder).exists():
+        return folder
+    number = 2
+    while Path(f"{folder}-{number}").exists():
+        number += 1
+    return f"{folder}-{number}"

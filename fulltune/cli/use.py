@@ -1,0 +1,156 @@
+"""Verbs that use what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fulltune.cli.app import FLAG, USE, Device, Json, Model, app
+from fulltune.cli.printing import parse_columns, print_json, print_metrics
+
+
+@app.command(rich_help_panel=USE)
+def evaluate(
+    model: Model,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE", help="Labelled rows; without it, the validation split of the run."
+        ),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column", metavar="OURS=YOURS", help="Our field and your column, `text=question`."
+        ),
+    ] = None,
+    too_long: Annotated[
+        Literal["error", "truncate", "drop"] | None,
+        typer.Option(
+            help="What happens to an example of the data longer than the model was trained for; "
+            "an error by default."
+        ),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure a model on held-out data."""
+    from fulltune.recipes import evaluate as recipe
+
+    report = recipe.run(
+        model, data=data, columns=parse_columns(columns), too_long=too_long, device=device
+    )
+    if as_json:
+        print_json(
+            {
+                "model": report.model, "data": report.data, "num_examples": report.num_examples,
+                "num_targets": report.num_targets, "metrics": report.metrics,
+                "details": report.details,
+            }
+        )  # fmt: skip
+        return
+    print_metrics(report)
+
+
+@app.command(rich_help_panel=USE)
+def predict(
+    model: Model,
+    source: Annotated[
+        str, typer.Argument(help="Rows in any format that training reads.", metavar="INPUT")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON Lines to write; without it, stdout.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", metavar=FLAG, help="Go on after the lines already written.")
+    ] = False,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column", metavar="OURS=YOURS", help="Our field and your column, `text=question`."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Longest answer in tokens.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="X", help="0 takes the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="X",
+            help="Sample from the likeliest tokens of this probability.",
+        ),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the samples.")] = 0,
+    too_long: Annotated[
+        Literal["error", "truncate"],
+        typer.Option(help="Classification: what happens to a text longer than the context."),
+    ] = "error",
+    device: Device = "auto",
+) -> None:
+    """Answer or label every row of a file; streaming, and resumable."""
+    from fulltune.config import build_config
+    from fulltune.inference import GenerationSettings
+    from fulltune.recipes import predict as recipe
+
+    settings = build_config(
+        GenerationSettings,
+        {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": seed,
+        },
+    )
+    result = recipe.run(
+        model, source, output=output, resume=resume, settings=settings,
+        columns=parse_columns(columns), too_long=too_long, device=device,
+    )  # fmt: skip
+    if result.output is not None:
+        kept = f" ({result.num_kept:,} were there)" if result.num_kept else ""
+        typer.echo(f"{result.num_predicted:,} predictions in {result.output}{kept}", err=True)
+
+
+@app.command(rich_help_panel=USE)
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Longest answer in tokens.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="X", help="0 takes the likeliest token.")
+    ] = 0.0,
+    device: Device = "auto",
+) -> None:
+    """Talk with a model in the terminal."""
+    from fulltune.inference import GenerationSettings
+    from fulltune.recipes import chat as recipe
+
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature)
+    recipe.run(model, settings=settings, system=system, device=device)
+
+
+@app.command(rich_help_panel=USE)
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="One run folder, or several to compare.", metavar="RUN")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The page to write; without it, `report.html` in the first run."
+        ),
+    ] = None,
+) -> None:
+    """Write one page of curves, settings, data and samples; several runs side by side."""
+    from fulltune.report.report import write_report
+
+    name = "report.html" if len(runs) == 1 else "comparison.html"
+    typer.echo(write_report(runs, output or runs[0] / name))
