@@ -51,7 +51,7 @@ from fulltune.models.loading import (
     read_info,
     resolve_model,
 )
-from fulltune.objectives.base import TooLong, to_device
+from fulltune.objectives.base import Objective, TooLong, to_device
 from fulltune.objectives.causal_lm import CausalLM, require_plain_head
 from fulltune.objectives.classification import Classification
 from fulltune.runtime import preserved_random_state
@@ -558,7 +558,7 @@ def answering(model: PreTrainedModel) -> Generator[None]:
 
 
 def cut_into_batches(
-    examples: Sequence[EncodedExample], objective: CausalLM | Classification, batch_tokens: int
+    examples: Sequence[EncodedExample], objective: Objective, batch_tokens: int
 ) -> list[list[int]]:
     """Places of ``examples`` in batches of at most ``batch_tokens``, packed or padded."""
     lengths = np.array([len(example["input_ids"]) for example in examples])

@@ -76,12 +76,38 @@ def finetune(
     _finetune(config, resume=resume, as_json=as_json)
 
 
+@app.command(rich_help_panel=TRAIN)
+def pretrain(
+    file: File,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            metavar=FLAG,
+            help="Go on from the last checkpoint, or start where there is none.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a new model on raw text, or go on with one."""
+    from fulltune.config import load_config
+    from fulltune.recipes import pretrain as recipe
+
+    config = load_config(recipe.Config, file, overrides or [])
+    _say_result(recipe.run(config, resume=resume), "text", as_json=as_json)
+
+
 def _finetune(config: finetune_recipe.Config, *, resume: bool, as_json: bool = False) -> None:
-    from fulltune.recipes import demo as demo_recipe
     from fulltune.recipes import finetune as recipe
+
+    _say_result(recipe.run(config, resume=resume), config.task.kind, as_json=as_json)
+
+
+def _say_result(result: finetune_recipe.Result, kind: str, *, as_json: bool) -> None:
+    from fulltune.recipes import demo as demo_recipe
     from fulltune.tracking import format_number, name_of
 
-    result = recipe.run(config, resume=resume)
     if not result.is_main:
         return
     run_dir = result.run_dir
@@ -103,7 +129,6 @@ def _finetune(config: finetune_recipe.Config, *, resume: bool, as_json: bool = F
     if result.metrics:
         values = (f"{name_of(key)} {format_number(value)}" for key, value in result.metrics.items())
         typer.echo(f"result  {', '.join(values)}")
-    kind = config.task.kind
     verb = "chat" if kind == "chat" else "evaluate"
     typer.echo(f"model   {run_dir / 'model'}")
     typer.echo(f"report  {run_dir / 'report.html'}")

@@ -27,7 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, cast
+from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,8 @@ class EncodedExample(TypedDict):
     example_hash:       signed 64-bit hash of input and target together; equal for exact duplicates.
     num_bytes:          UTF-8 bytes of the trained text (bits per byte), 0 for classification.
     where:              file and line of the record, ``train.jsonl:17``.
+    noise_seed:         seed of what is random about the example in this epoch; set in training by
+                        whoever takes it from the data, absent in evaluation.
     """
 
     input_ids: list[int]
@@ -65,6 +67,7 @@ class EncodedExample(TypedDict):
     example_hash: int
     num_bytes: int
     where: str
+    noise_seed: NotRequired[int]
 
 
 # Changes whenever the columns below, or what is written in them, change.
@@ -175,6 +178,11 @@ class EncodedDataset:
             raise IndexError(f"example {index} of {len(self)}")
         shard, row = self._find(index)
         return shard.example(row)
+
+    def piece(self, index: int, start: int, stop: int) -> EncodedExample:
+        """Some tokens of an example; only they are read. All that is no list is the whole's."""
+        shard, row = self._find(index)
+        return shard.example(row, slice(start, stop))
 
     def rows(self, indices: Iterable[int]) -> list[EncodedExample]:
         """Several examples, in the order asked for."""
@@ -556,15 +564,15 @@ class _Shard:
             for name in ("input_ids", "targets", "token_type_ids")
         }
 
-    def example(self, row: int) -> EncodedExample:
+    def example(self, row: int, tokens: slice = slice(None)) -> EncodedExample:
         lists = {
-            name: values[offsets[row] : offsets[row + 1]].tolist()
+            name: values[offsets[row] : offsets[row + 1]][tokens].tolist()
             for name, (values, offsets) in self._lists.items()
         }
         others = {
             name: self.table[name][row].as_py()
             for name in EncodedExample.__annotations__
-            if name not in lists
+            if name not in lists and name in self.table.schema.names
         }
         return cast(EncodedExample, {**lists, **others})
 

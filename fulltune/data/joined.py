@@ -51,6 +51,11 @@ class JoinedDataset:
         part, row = self._find(index)
         return part[row]
 
+    def piece(self, index: int, start: int, stop: int) -> EncodedExample:
+        """Some tokens of an example; only they are read. All that is no list is the whole's."""
+        part, row = self._find(index)
+        return part.piece(row, start, stop)
+
     def where(self, index: int) -> str:
         """File and line of an example."""
         part, row = self._find(index)

@@ -31,7 +31,7 @@ from fulltune.inference import (
     render_prompt,
 )
 from fulltune.models.loading import context_length
-from fulltune.objectives.base import to_device
+from fulltune.objectives.base import Objective, to_device
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification
 
@@ -84,7 +84,7 @@ class Sample:
 
 def evaluate_model(
     model: PreTrainedModel,
-    objective: CausalLM | Classification,
+    objective: Objective,
     dataset: Examples,
     indices: Iterable[int],
     *,
@@ -108,7 +108,7 @@ def evaluate_model(
     """
     device = next(model.parameters()).device
     loss_sum, num_targets, num_correct, num_bytes, num_examples = 0.0, 0, 0, 0, 0
-    all_bytes_known = kind == "text"
+    all_bytes_known = kind == "text" and objective.head == "causal_lm"
     labels: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
     with answering(model):
@@ -133,6 +133,8 @@ def evaluate_model(
         )
     if not isinstance(objective, Classification):
         metrics = language_metrics(loss_sum, num_targets, num_bytes if all_bytes_known else 0)
+        if objective.head != "causal_lm":
+            metrics["masked_accuracy"] = num_correct / num_targets
         # How often the likeliest token is the right one; of interest, but no metric to stop by.
         return EvaluationResult(
             metrics, num_examples, num_targets, {"token_accuracy": num_correct / num_targets}

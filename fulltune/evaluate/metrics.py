@@ -31,6 +31,12 @@ METRICS: dict[str, Metric] = {
     "perplexity": Metric("lower", "e to the power of the loss"),
     "bits_per_byte": Metric("lower", "cross-entropy per UTF-8 byte of the text, in bits"),
     "accuracy": Metric("higher", "share of examples whose likeliest label is the right one"),
+    "masked_accuracy": Metric(
+        "higher", "share of predicted tokens whose likeliest guess is the right one"
+    ),
+    "sentence_accuracy": Metric(
+        "higher", "share of sentence pairs whose order or belonging is told right"
+    ),
     "macro_f1": Metric("higher", "mean F1 of the labels, each counting the same"),
     "weighted_f1": Metric("higher", "mean F1 of the labels, each counting by its examples"),
     "matthews": Metric("higher", "Matthews correlation of labels and predictions, -1 to 1"),
@@ -44,13 +50,16 @@ _OF_TASK: dict[TaskKind, tuple[str, ...]] = {
 }
 
 
-def check_metric(name: str | None, kind: TaskKind, *, retention: bool = False) -> str:
+def check_metric(
+    name: str | None, kind: TaskKind, *, retention: bool = False, more: Sequence[str] = ()
+) -> str:
     """The metric that early stopping and the best model go by.
 
     Args:
         name: a metric, or None for the first one of the task.
         kind: the task's kind.
         retention: whether the run measures `retention_loss` at all.
+        more: what the run measures besides the metrics of the kind.
 
     Raises:
         ConfigError: there is no such metric, or the task does not measure it.
@@ -58,6 +67,7 @@ def check_metric(name: str | None, kind: TaskKind, *, retention: bool = False) -
     if name is None:
         return TASKS[kind].metrics[0]
     possible = [known for known in _OF_TASK[kind] if retention or not known.startswith("retention")]
+    possible += more
     if name in possible:
         return name
     if name in METRICS:

@@ -24,11 +24,15 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    XLNetLMHeadModel,
 )
 
 from fulltune import assets
@@ -42,11 +46,22 @@ from fulltune.runtime import cache_dir
 
 logger = logging.getLogger("fulltune")
 
-Head = Literal["causal_lm", "classification"]
+Head = Literal[
+    "causal_lm",
+    "classification",
+    "masked_lm",
+    "sentence_order",
+    "permutation_lm",
+    "sequence_to_sequence",
+]
 
 AUTO_CLASSES: dict[Head, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
+    "masked_lm": AutoModelForMaskedLM,
+    "sentence_order": AutoModelForPreTraining,
+    "permutation_lm": XLNetLMHeadModel,
+    "sequence_to_sequence": AutoModelForSeq2SeqLM,
 }
 POSSIBLE_SOURCES = (
     "give a run folder, a model folder, a .gguf file, a Hub name OWNER/NAME, or asset:NAME "
@@ -177,7 +192,9 @@ def load_model(
     new_head = False
     if head == "classification":
         new_head = _set_labels(config, family, labels, path)
-    elif not family.can_generate:
+    elif head in ("masked_lm", "sentence_order"):
+        new_head = True  # a body alone gets one; a head that is there is kept
+    elif head == "causal_lm" and not family.can_generate:
         raise ModelError(
             f"`{path}` is an encoder (`{config.model_type}`) and cannot generate text",
             hint="use it with `task.kind: classification`, or choose a decoder",
@@ -205,7 +222,7 @@ def load_model(
 
     model: PreTrainedModel = loaded
     fresh = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
-    if new_head:
+    if new_head and head == "classification":
         prefix = f"{model.base_model_prefix}."
         fresh |= {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
     _check_missing(fresh, model, path, new_head)

@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 Batch: TypeAlias = dict[str, Any]
 """A micro-batch: each objective's own TypedDict says what is in it."""
 
+Head: TypeAlias = Literal[
+    "causal_lm",
+    "classification",
+    "masked_lm",
+    "sentence_order",
+    "permutation_lm",
+    "sequence_to_sequence",
+]
+"""The head a model is loaded with; `models/loading.py` has the classes."""
+
 TooLong: TypeAlias = Literal["error", "truncate", "drop"]
 
 
@@ -49,13 +59,28 @@ class Objective(Protocol):
     """Encode, collate, score. Instances are immutable and can be sent to worker processes."""
 
     @property
-    def head(self) -> Literal["causal_lm", "classification"]:
+    def head(self) -> Head:
         """Which head the model is loaded with."""
         ...
 
     @property
     def fingerprint(self) -> str:
         """Changes whenever `encode` would give other tokens."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of the model."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest example."""
+        ...
+
+    @property
+    def packing(self) -> bool:
+        """Whether a batch is documents packed into one row, and not rows that are filled up."""
         ...
 
     def encode(self, example: Example) -> list[EncodedExample]:

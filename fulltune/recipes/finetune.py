@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,12 @@ from fulltune.evaluate.evaluator import (
 from fulltune.evaluate.metrics import check_metric
 from fulltune.memory.plan import MemorySetting
 from fulltune.models.scope import Scope
+from fulltune.objectives.base import Objective
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.optim.optimizers import OptimizerConfig
 from fulltune.recipes.finish import finish
 from fulltune.recipes.prepare import (
+    Base,
     Prepared,
     make_objective,
     open_base,
@@ -106,7 +109,45 @@ class Result:
     """False on ranks that write nothing and have nothing to say."""
 
 
-def run(config: Config, *, resume: bool = False, display: Display | None = None) -> Result:
+@dataclass(frozen=True)
+class Start:
+    """How a verb opens its model and reads its data; the rest of a run is the same for all."""
+
+    open: Callable[[Any], tuple[Base, Objective]]
+    """Settings -> the model to start from and what it is trained on."""
+    prepare: Callable[[Any, Any, Callable[[int], None]], Prepared]
+    """Settings, objective and a report of records read -> data."""
+    metrics: tuple[str, ...] = ()
+    """Measured besides those of the task's kind."""
+
+
+def _open(config: Config) -> tuple[Base, Objective]:
+    base = open_base(config.model, config.task)
+    return base, make_objective(
+        base, config.task, label_smoothing=config.label_smoothing, z_loss=config.z_loss
+    )
+
+
+def _prepare(config: Config, objective: Any, progress: Callable[[int], None]) -> Prepared:
+    return prepare(
+        objective,
+        config.task,
+        seed=config.seed,
+        num_workers=config.num_workers,
+        progress=progress,
+    )
+
+
+FINETUNE = Start(_open, _prepare)
+
+
+def run(
+    config: Config,
+    *,
+    resume: bool = False,
+    display: Display | None = None,
+    start: Start = FINETUNE,
+) -> Result:
     """Train, or go on with, the run in ``config.run_dir``.
 
     Raises:
@@ -114,7 +155,10 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
     """
     folder = Path(config.run_dir)
     metric = check_metric(
-        config.evaluate.metric, config.task.kind, retention=bool(config.evaluate.retention)
+        config.evaluate.metric,
+        config.task.kind,
+        retention=bool(config.evaluate.retention),
+        more=start.metrics,
     )
     check_sinks(config.tracking)
     _refuse_settings_without_effect(config)
@@ -123,9 +167,9 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
     if found is not None and is_finished(folder):
         return Result(folder, "finished", 0, {}, already_finished=True, is_main=runtime.is_main)
     if not runtime.is_main:
-        return _run(config, found, metric, runtime, _Silent())
+        return _run(config, found, metric, runtime, _Silent(), start)
     with display or make_display(title=str(folder), metric=metric) as shown:
-        return _run(config, found, metric, runtime, shown)
+        return _run(config, found, metric, runtime, shown, start)
 
 
 def _refuse_settings_without_effect(config: Config) -> None:
@@ -156,6 +200,7 @@ def _run(
     metric: str,
     runtime: Runtime,
     display: Any,
+    start: Start,
 ) -> Result:
     folder = Path(config.run_dir)
     source = retention_source(config.evaluate, config.task.kind)
@@ -169,12 +214,9 @@ def _run(
         update={"precision": "bf16" if precision.dtype == torch.bfloat16 else "fp32"}
     )
 
-    base = open_base(config.model, config.task)
-    objective = make_objective(
-        base, config.task, label_smoothing=config.label_smoothing, z_loss=config.z_loss
-    )
+    base, objective = on_all_ranks(runtime, lambda: start.open(config))
     display.stage("reading and tokenizing the data")
-    prepared = _prepare_on_all_ranks(config, objective, runtime, display)
+    prepared = _prepare_on_all_ranks(config, objective, runtime, display, start)
     may_truncate = config.task.too_long != "error"
     for finding in on_all_ranks(
         runtime, lambda: require_sound(prepared.facts, may_truncate=may_truncate)
@@ -212,17 +254,13 @@ def _run(
 
 
 def _prepare_on_all_ranks(
-    config: Config, objective: Any, runtime: Runtime, display: Any
+    config: Config, objective: Any, runtime: Runtime, display: Any, start: Start
 ) -> Prepared:
     """The first rank encodes; the others then find it in the cache."""
 
     def made() -> Prepared:
-        return prepare(
-            objective,
-            config.task,
-            seed=config.seed,
-            num_workers=config.num_workers,
-            progress=lambda done: display.progress("records tokenized", done, None),
+        return start.prepare(
+            config, objective, lambda done: display.progress("records tokenized", done, None)
         )
 
     prepared = on_main_rank(runtime, made)

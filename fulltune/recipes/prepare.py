@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fulltune.data.arranged import JoinedExamples
 from fulltune.data.chat import end_of_turn_ids
 from fulltune.data.encoding import EncodedDataset, encode_dataset
 from fulltune.data.formats import make_example, recognise_format
@@ -27,6 +28,7 @@ from fulltune.models.loading import (
     resolve_model,
     set_chat_template,
 )
+from fulltune.objectives.base import Objective
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification
 from fulltune.runtime import cache_dir, num_cores
@@ -51,8 +53,8 @@ class Base:
 class Prepared:
     """Encoded data, its splits, and what was found when it was counted."""
 
-    objective: CausalLM | Classification
-    dataset: JoinedDataset
+    objective: Objective
+    dataset: JoinedDataset | JoinedExamples
     train: IntArray
     validation: IntArray
     facts: PreviewFacts

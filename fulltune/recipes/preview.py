@@ -8,10 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fulltune.data.joined import JoinedDataset
 from fulltune.data.preview import to_json
 from fulltune.data.preview_view import SampleView, render_html, render_terminal, view_tokens
 from fulltune.errors import ConfigError
 from fulltune.objectives.causal_lm import CausalLM
+from fulltune.objectives.classification import Classification
 from fulltune.recipes.finetune import Config
 from fulltune.recipes.prepare import (
     UNLIMITED,
@@ -77,6 +79,8 @@ def run(
 
 def make_samples(prepared: Prepared, config: Config, num_samples: int) -> list[SampleView]:
     """Some training examples with what truncation would remove: the first rows and the longest."""
+    assert isinstance(prepared.dataset, JoinedDataset)
+    assert isinstance(prepared.objective, CausalLM | Classification)
     chosen = prepared.train[: max(num_samples - 1, 1)].tolist() if num_samples else []
     if num_samples > 1 and len(prepared.train) > len(chosen):
         removed = prepared.dataset.num_removed[prepared.train]

@@ -30,6 +30,7 @@ from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import load_model
 from fulltune.models.scope import freeze
 from fulltune.objectives.causal_lm import CausalLM, require_plain_head
+from fulltune.objectives.noise import noise_seed
 from fulltune.optim.master_weights import MasterWeights
 from fulltune.optim.optimizers import Optimizer, group_parameters
 from fulltune.recipes.prepare import (
@@ -168,7 +169,7 @@ class Trainer:
             base_bytes=0 if device.type == "cuda" else base_bytes,
             available_bytes=available,
             longest=int(self.prepared.dataset.lengths.max()),
-            has_vocabulary_loss=self.objective.head == "causal_lm",
+            has_vocabulary_loss=self.objective.head != "classification",
             has_lean_kernels=bool(self.kernels),
             device_type=device.type,
         )
@@ -260,6 +261,8 @@ class Trainer:
                 micro_batches = []
                 for indices in plan.micro_batches:
                     examples = [rows[int(index)] for index in indices]
+                    for index, example in zip(indices, examples, strict=True):
+                        example["noise_seed"] = noise_seed(self.config.seed, plan.epoch, int(index))
                     micro_batches.append(MicroBatch(self.objective.collate(examples), examples))
                 yield plan, micro_batches
 

@@ -1,0 +1,203 @@
+"""New models: published sizes and starts of each family, over any tokenizer.
+
+Weights start as transformers starts them, which is as each family was published: GPT-2 with
+0.02 and residual projections divided by the root of twice the layers (Radford et al., 2019),
+BERT and XLNet with a deviation of `initializer_range`, T5 with a deviation that falls with the
+width of each matrix (Raffel et al., 2020), Llama with 0.02.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
+
+from fulltune.assets.building import built_whole
+from fulltune.assets.quiet import quiet_transformers
+from fulltune.errors import ConfigError, ModelError
+from fulltune.models.loading import AUTO_CLASSES, Head, load_model_config, save_model
+from fulltune.runtime import cache_dir
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A size of a family: the type of transformers' config and its values."""
+
+    model_type: str
+    values: Mapping[str, Any]
+
+
+def _gpt2(width: int, layers: int, heads: int, context: int = 1024, **more: Any) -> Preset:
+    values = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": context}
+    return Preset("gpt2", {**values, **more})
+
+
+def _bert(width: int, layers: int) -> Preset:
+    return Preset(
+        "bert",
+        {
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": width // 64,
+            "intermediate_size": 4 * width,
+        },
+    )
+
+
+def _xlnet(width: int, layers: int, heads: int) -> Preset:
+    values = {"d_model": width, "n_layer": layers, "n_head": heads, "d_inner": 4 * width}
+    return Preset("xlnet", values)
+
+
+def _t5(width: int, layers: int, heads: int, inner: int) -> Preset:
+    """T5 1.1: gated GELU, an output layer of its own, and no dropout in pre-training."""
+    return Preset(
+        "t5",
+        {
+            "d_model": width,
+            "num_layers": layers,
+            "num_heads": heads,
+            "d_ff": inner,
+            "d_kv": 64,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "dropout_rate": 0.0,
+        },
+    )
+
+
+def _llama(width: int, layers: int, heads: int, kv_heads: int, inner: int) -> Preset:
+    return Preset(
+        "llama",
+        {
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "intermediate_size": inner,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+        },
+    )
+
+
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+PRESETS: dict[str, Preset] = {
+    # nanoGPT's configuration for a CPU; its GPT-2 has the same shapes.
+    "gpt2-nano": _gpt2(128, 4, 4, context=64, **_NO_DROPOUT),
+    "gpt2-tiny": _gpt2(128, 2, 2),
+    "gpt2-mini": _gpt2(256, 4, 4),
+    "gpt2-small": _gpt2(768, 12, 12),
+    "gpt2-medium": _gpt2(1024, 24, 16),
+    "gpt2-large": _gpt2(1280, 36, 20),
+    "gpt2-xl": _gpt2(1600, 48, 25),
+    # Turc et al., 2019.
+    "bert-tiny": _bert(128, 2),
+    "bert-mini": _bert(256, 4),
+    "bert-small": _bert(512, 4),
+    "bert-medium": _bert(512, 8),
+    "bert-base": _bert(768, 12),
+    "bert-large": _bert(1024, 24),
+    "xlnet-tiny": _xlnet(128, 2, 2),
+    "xlnet-mini": _xlnet(256, 4, 4),
+    "xlnet-base": _xlnet(768, 12, 12),
+    "xlnet-large": _xlnet(1024, 24, 16),
+    "t5-tiny": _t5(128, 2, 2, 256),
+    "t5-mini": _t5(256, 4, 4, 512),
+    "t5-small": _t5(512, 8, 6, 1024),
+    "t5-base": _t5(768, 12, 12, 2048),
+    "t5-large": _t5(1024, 24, 16, 2816),
+    "llama-tiny": _llama(128, 2, 4, 2, 384),
+    "llama-135m": _llama(576, 30, 9, 3, 1536),
+    "llama-360m": _llama(960, 32, 15, 5, 2560),
+}
+
+
+def is_new_model(source: str) -> bool:
+    """Whether a source names what is to be made: a preset or a config.json."""
+    return source in PRESETS or source.endswith(".json")
+
+
+def make_config(
+    source: str, tokenizer: PreTrainedTokenizerBase, overrides: Mapping[str, Any]
+) -> PretrainedConfig:
+    """The config of a new model, fitted to a tokenizer.
+
+    Args:
+        source: a name of `PRESETS`, or the path of any config.json of transformers.
+        tokenizer: gives the vocabulary's size and the ids of its special tokens.
+        overrides: fields of the config that differ.
+
+    Raises:
+        ConfigError: a field is not one of this config's.
+        ModelError: the file cannot be used.
+    """
+    if source in PRESETS:
+        preset = PRESETS[source]
+        config = CONFIG_MAPPING[preset.model_type](**preset.values)
+    else:
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise ModelError(
+                f"`{source}` does not exist",
+                hint=f"give a config.json, or a size: {', '.join(PRESETS)}",
+            )
+        if path.name != "config.json":
+            raise ModelError(
+                f"`{source}` must be named config.json", hint="rename it, in a folder of its own"
+            )
+        config = load_model_config(path.parent)
+    known = {*config.to_dict(), *config.attribute_map}
+    for name, value in overrides.items():
+        if name not in known:
+            raise ConfigError(
+                f"`architecture.{name}` is no field of a `{config.model_type}` config",
+                hint=f"fields: {', '.join(sorted(config.to_dict()))}",
+            )
+        setattr(config, name, value)
+    config.vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    if config.is_encoder_decoder:
+        config.decoder_start_token_id = tokenizer.pad_token_id
+    return config
+
+
+def make_model(
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    head: Head,
+    seed: int,
+) -> Path:
+    """A folder with a new model, its weights drawn from ``seed``; made once, then found again."""
+    backend = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    described = json.dumps(
+        [config.to_dict(), backend, head, seed, torch.__version__], sort_keys=True, default=str
+    )
+    address = hashlib.sha256(described.encode()).hexdigest()[:16]
+    folder = cache_dir() / "models" / f"new-{config.model_type}-{address}"
+    if folder.is_dir():
+        return folder
+    with built_whole(folder) as building, quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = (
+                AUTO_CLASSES[head].from_config(config)
+                if hasattr(AUTO_CLASSES[head], "from_config")
+                else AUTO_CLASSES[head](config)
+            )
+        except ValueError as error:
+            raise ModelError(
+                f"a `{config.model_type}` model has no head for this objective",
+                hint="choose another `objective.name`",
+            ) from error
+        save_model(model, tokenizer, building, info={})
+    return folder

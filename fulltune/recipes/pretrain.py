@@ -1,0 +1,240 @@
+"""`fulltune pretrain`: a new model, or one to go on with, from raw text to a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from fulltune.config import Settings
+from fulltune.data.arranged import ArrangedExamples, JoinedExamples
+from fulltune.data.encoding import encode_dataset
+from fulltune.data.joined import JoinedDataset
+from fulltune.data.preview import check, examine
+from fulltune.data.records import source_fingerprint
+from fulltune.data.sections import Sections
+from fulltune.data.splits import Source, parse_validation, split_dataset
+from fulltune.errors import ConfigError, ModelError
+from fulltune.models.families import Family, family_of
+from fulltune.models.loading import (
+    context_length,
+    load_tokenizer,
+    resolve_model,
+)
+from fulltune.models.presets import PRESETS, is_new_model, make_config, make_model
+from fulltune.objectives.base import Head, Objective
+from fulltune.objectives.causal_lm import CausalLM
+from fulltune.objectives.causal_stream import CausalStream
+from fulltune.recipes import finetune
+from fulltune.recipes.prepare import Base, Prepared, open_base
+from fulltune.recipes.prepare import prepare as prepare_windows
+from fulltune.runtime import cache_dir, num_cores
+from fulltune.tracking import Display
+
+Name = Literal["causal_lm"]
+
+
+class ObjectiveConfig(Settings):
+    """What the model learns to predict; settings that its objective does not have are refused."""
+
+    name: Name | None = None
+    """The objective; null is the family's own."""
+    length: Annotated[int, Field(ge=8)] | None = None
+    """Tokens the model sees of one example; null is its context, at most 512."""
+    stream: bool = False
+    """`causal_lm`: join documents end to end, so that a window may hold several; otherwise each
+    window holds one document, or a part of it, and windows are packed apart."""
+
+
+DEFAULT_LENGTH = 512
+FEW_DOCUMENTS = 20
+SECTION_TOKENS = 4096
+
+
+class Config(finetune.Config):
+    """Settings of `fulltune pretrain`."""
+
+    model: str
+    """A size (`fulltune models` lists them), a config.json, or a model to go on with."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer, a model or a run: for a new model, which has none of its own."""
+    architecture: dict[str, Any] = Field(default_factory=dict)
+    """Fields of a new model's config that differ, e.g. `{n_layer: 6}`."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An objective: the head it needs, the families that can do it, and how it is made."""
+
+    head: Head
+    families: tuple[str, ...]
+    build: Callable[[Base, Family, ObjectiveConfig, int], Objective]
+    settings: tuple[str, ...]
+    """Settings of `ObjectiveConfig` that have an effect."""
+    metrics: tuple[str, ...] = ("masked_accuracy",)
+
+
+def _causal_lm(base: Base, family: Family, config: ObjectiveConfig, length: int) -> Objective:
+    model = CausalLM(base.tokenizer, length, packing=family.can_pack)
+    return CausalStream(model) if config.stream else model
+
+
+OBJECTIVES: dict[str, Kind] = {
+    "causal_lm": Kind("causal_lm", ("gpt",), _causal_lm, ("stream",), metrics=()),
+}
+
+
+def run(config: Config, *, resume: bool = False, display: Display | None = None) -> finetune.Result:
+    """Pre-train, or go on with, the run in ``config.run_dir``.
+
+    Raises:
+        FulltuneError: of the kind that says what is wrong; nothing of another run is touched.
+    """
+    if config.task.kind != "text":
+        raise ConfigError(
+            f"`task.kind` is `{config.task.kind}`, and pre-training reads documents",
+            hint="write `task.kind: text`, or use `fulltune finetune`",
+        )
+    metrics = {name for kind in OBJECTIVES.values() for name in kind.metrics}
+    start = finetune.Start(open_start, prepare, tuple(sorted(metrics)))
+    return finetune.run(config, resume=resume, display=display, start=start)
+
+
+def open_start(config: Config) -> tuple[Base, Objective]:
+    """The model to start from, made where it is new, and what it learns.
+
+    Raises:
+        ConfigError: the family cannot do the objective, or a setting has no effect with it.
+        ModelError: there is no tokenizer for a new model.
+    """
+    chosen = config.objective
+    if not is_new_model(config.model):
+        for name in ("tokenizer", "architecture"):
+            if getattr(config, name):
+                raise ConfigError(
+                    f"`{name}` has no effect with the trained model `{config.model}`",
+                    hint=f"leave it out, or start anew from a size: {', '.join(PRESETS)}",
+                )
+        base = open_base(config.model, config.task)
+        kind = _kind_for(chosen, family_of(base.config), base.config.model_type)
+    else:
+        if config.tokenizer is None:
+            raise ConfigError(
+                f"`model: {config.model}` is new and has no tokenizer",
+                hint="train one by `fulltune tokenizer train`, and name its folder as `tokenizer`",
+            )
+        tokenizer = load_tokenizer(tokenizer_folder(config.tokenizer))
+        new = make_config(config.model, tokenizer, config.architecture)
+        kind = _kind_for(chosen, family_of(new), new.model_type)
+        path = make_model(new, tokenizer, head=kind.head, seed=config.seed)
+        base = Base(path, new, tokenizer)
+    context = context_length(base.config)
+    length = chosen.length or min(context, DEFAULT_LENGTH)
+    if length > context:
+        raise ConfigError(
+            f"`objective.length` is {length:,}, but the model's context is {context:,} tokens",
+            hint=f"give at most {context}",
+        )
+    return base, kind.build(base, family_of(base.config), chosen, length)
+
+
+def _kind_for(chosen: ObjectiveConfig, family: Family, model_type: str) -> Kind:
+    possible = {name: kind for name, kind in OBJECTIVES.items() if family.name in kind.families}
+    name: str = chosen.name or next(iter(possible))
+    if name not in possible:
+        raise ConfigError(
+            f"a `{model_type}` model cannot do `objective.name: {name}`",
+            hint=f"it can do {', '.join(f'`{each}`' for each in possible)}",
+        )
+    kind = possible[name]
+    for key, field in ObjectiveConfig.model_fields.items():
+        unused = key not in ("name", "length", *kind.settings)
+        if unused and getattr(chosen, key) != field.default:
+            raise ConfigError(
+                f"`objective.{key}` has no effect with `objective.name: {name}`",
+                hint="leave it out",
+            )
+    return kind
+
+
+def tokenizer_folder(source: str) -> Path:
+    """The folder a tokenizer lies in, of a tokenizer, a model or a run."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path / "model" if (path / "model" / "tokenizer.json").is_file() else path
+    if source.startswith("asset:"):
+        return resolve_model(source)
+    raise ModelError(
+        f"`{source}` is no folder of a tokenizer",
+        hint="train one by `fulltune tokenizer train`, or give a model's folder",
+    )
+
+
+def prepare(config: Config, objective: Any, progress: Callable[[int], None]) -> Prepared:
+    """Encode the documents, split them, and arrange each side into examples.
+
+    Raises:
+        DataError: a record cannot be read, or there is nothing to learn from.
+    """
+    if not hasattr(objective, "arrange"):
+        return prepare_windows(
+            objective, config.task, seed=config.seed, num_workers=config.num_workers,
+            progress=progress,
+        )  # fmt: skip
+    task = config.task
+    sources = (task.train,) if isinstance(task.train, str) else tuple(task.train)
+    wanted = parse_validation(task.validation) if task.validation is not None else None
+
+    def encode(names: tuple[str, ...]) -> JoinedDataset:
+        dataset = encode_dataset(
+            names,
+            task,
+            objective.encode,
+            encode_fingerprint=objective.fingerprint,
+            num_workers=num_cores() if config.num_workers is None else config.num_workers,
+            cache_dir=cache_dir() / "encoded",
+            progress=progress,
+        )
+        return JoinedDataset([dataset])
+
+    whole = encode(sources)
+    notes = [f"rows read as {whole.format}"]
+    documents: Any = whole
+    whole_train = whole
+    if len(whole) < FEW_DOCUMENTS and wanted is not None and not isinstance(wanted, Source):
+        documents = Sections(whole, SECTION_TOKENS)
+        notes.append(
+            f"{len(whole):,} documents are too few to set some aside whole: they are split in "
+            f"sections of {SECTION_TOKENS:,} tokens"
+        )
+    split = split_dataset(documents, task.validation, seed=config.seed)
+    splits = {"train": split.train}
+    parts: list[ArrangedExamples] = [objective.arrange(documents, split.train, config.seed)]
+    if isinstance(wanted, Source):
+        held_out = encode((wanted.source,))
+        parts.append(objective.arrange(held_out, np.arange(len(held_out)), config.seed))
+        whole = JoinedDataset([*whole.parts, *held_out.parts])
+        splits["validation"] = np.arange(len(documents), len(whole))
+    elif wanted is not None:
+        parts.append(objective.arrange(documents, split.validation, config.seed))
+        splits["validation"] = split.validation
+    # Sections have no columns of their own to count: then all is counted as one.
+    counted = {"train": np.arange(len(whole))} if documents is not whole_train else splits
+    facts = examine(whole, counted)
+    dataset = JoinedExamples(parts)
+    train = np.arange(len(parts[0]), dtype=np.int64)
+    validation = np.arange(len(parts[0]), len(dataset), dtype=np.int64)
+    described = [
+        {"source": name, "fingerprint": source_fingerprint(name), "rows": None}
+        for name in (*sources, *([wanted.source] if isinstance(wanted, Source) else []))
+    ]
+    notes.append(f"{len(train):,} examples of up to {int(dataset.lengths.max()):,} tokens")
+    return Prepared(
+        objective, dataset, train, validation, facts, check(facts, may_truncate=True),
+        tuple(notes), described,
+    )  # fmt: skip
