@@ -91,7 +91,7 @@ _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 PRESETS: dict[str, Preset] = {
     # nanoGPT's configuration for a CPU; its GPT-2 has the same shapes.
-    "gpt2-nano": _gpt2(128, 4, 4, context=64, **_NO_DROPOUT),
+    "gpt2-nano": _gpt2(128, 4, 4, context=256, **_NO_DROPOUT),
     "gpt2-tiny": _gpt2(128, 2, 2),
     "gpt2-mini": _gpt2(256, 4, 4),
     "gpt2-small": _gpt2(768, 12, 12),
