@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
@@ -68,16 +68,14 @@ def parse_columns(pairs: list[str] | None) -> dict[str, str]:
     return columns
 
 
-def print_sample(sample: Any) -> None:
-    """One prompt with the answers before and after training, side by side."""
+def print_answers(prompt: str, answers: Mapping[str, str]) -> None:
+    """One prompt with what was answered to it, side by side under their names."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=Text(f"Prompt: {sample.prompt}", style="bold"), title_justify="left", expand=True
-    )
-    table.add_column("before", ratio=1, overflow="fold")
-    table.add_column("after", ratio=1, overflow="fold")
-    table.add_row(Text(sample.before), Text(sample.after))
+    table = Table(title=Text(f"Prompt: {prompt}", style="bold"), title_justify="left", expand=True)
+    for name in answers:
+        table.add_column(name, ratio=1, overflow="fold")
+    table.add_row(*map(Text, answers.values()))
     Console().print(table)

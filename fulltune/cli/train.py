@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fulltune.cli.app import FLAG, TRAIN, File, Json, Overrides, app
-from fulltune.cli.printing import print_json, print_sample
+from fulltune.cli.printing import print_answers, print_json
 
 if TYPE_CHECKING:
     from fulltune.recipes import finetune as finetune_recipe
@@ -125,7 +125,7 @@ def _say_result(result: finetune_recipe.Result, kind: str, *, as_json: bool) -> 
     if result.already_finished:
         typer.echo(f"{run_dir} is finished already")
     for sample in demo_recipe.compare_samples(run_dir):
-        print_sample(sample)
+        print_answers(sample.prompt, {"before": sample.before, "after": sample.after})
     if result.metrics:
         values = (f"{name_of(key)} {format_number(value)}" for key, value in result.metrics.items())
         typer.echo(f"result  {', '.join(values)}")

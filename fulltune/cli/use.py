@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from fulltune.cli.app import FLAG, USE, Device, Json, Model, app
-from fulltune.cli.printing import parse_columns, print_json, print_metrics
+from fulltune.cli.printing import parse_columns, print_answers, print_json, print_metrics
 
 
 @app.command(rich_help_panel=USE)
@@ -33,6 +33,14 @@ def evaluate(
             "an error by default."
         ),
     ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Chat: prompts answered; by default as many as in training.",
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -40,18 +48,23 @@ def evaluate(
     from fulltune.recipes import evaluate as recipe
 
     report = recipe.run(
-        model, data=data, columns=parse_columns(columns), too_long=too_long, device=device
-    )
+        model, data=data, columns=parse_columns(columns), too_long=too_long,
+        num_samples=samples, device=device,
+    )  # fmt: skip
     if as_json:
         print_json(
             {
                 "model": report.model, "data": report.data, "num_examples": report.num_examples,
                 "num_targets": report.num_targets, "metrics": report.metrics,
                 "details": report.details,
+                "samples": [sample.as_json() for sample in report.samples],
             }
         )  # fmt: skip
         return
     print_metrics(report)
+    for sample in report.samples:
+        answers = {"answer": sample.answer, "reference": sample.reference}
+        print_answers(sample.prompt[-1].content, answers)
 
 
 @app.command(rich_help_panel=USE)

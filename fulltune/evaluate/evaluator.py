@@ -81,6 +81,11 @@ class Sample:
     answer: str
     reference: str
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON, as in `samples.jsonl`."""
+        turns = [{"role": turn.role, "content": turn.content} for turn in self.prompt]
+        return {"prompt": turns, "answer": self.answer, "reference": self.reference}
+
 
 def evaluate_model(
     model: PreTrainedModel,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,15 @@ import numpy as np
 from fulltune.config import build_config, read_yaml
 from fulltune.data.encoding import encode_dataset
 from fulltune.data.joined import JoinedDataset
-from fulltune.data.tasks import TaskConfig, TaskKind
+from fulltune.data.tasks import TaskConfig
 from fulltune.errors import ConfigError, DataError
-from fulltune.evaluate.evaluator import evaluate_model
+from fulltune.evaluate.evaluator import EvaluateConfig, Sample, evaluate_model, sample_answers
 from fulltune.inference import build_objective, load_for_inference
 from fulltune.objectives.base import TooLong
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification
 from fulltune.recipes.finetune import Config
-from fulltune.recipes.prepare import prepare
+from fulltune.recipes.prepare import first_conversations, prepare
 from fulltune.runtime import cache_dir, choose_device, num_cores
 from fulltune.tracking import make_display
 from fulltune.train.run_folder import CONFIG, has_run, read_manifest
@@ -36,6 +36,8 @@ class EvaluationReport:
     num_targets: int
     metrics: dict[str, float]
     details: dict[str, Any]
+    samples: list[Sample] = field(default_factory=list)
+    """Chat: the first prompts of the data, what the model answers, and what the data answers."""
 
 
 def run(
@@ -44,6 +46,7 @@ def run(
     data: str | None = None,
     columns: dict[str, str] | None = None,
     too_long: TooLong | None = None,
+    num_samples: int | None = None,
     device: str = "auto",
 ) -> EvaluationReport:
     """Evaluate a model on ``data``, or a run on its own validation split.
@@ -55,11 +58,14 @@ def run(
         columns: our field name -> the column's name; None is what the model was trained with.
         too_long: what happens to an example of ``data`` that is longer than the model was trained
             for; None is an error.
+        num_samples: chat: prompts of the data that are answered; None is what the run did, and of
+            ``data`` the default of training.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        ConfigError: there is neither data nor a run with a validation split, or what has an effect
-            on ``data`` alone is given without it.
+        ConfigError: there is neither data nor a run with a validation split, what has an effect
+            on ``data`` alone is given without it, or samples are asked of a model that does not
+            chat.
         DataError: the data of the run has changed, so that its split would be another one.
     """
     if data is None and (columns or too_long is not None):
@@ -71,6 +77,12 @@ def run(
     with make_display(title=f"evaluate {model}") as display:
         display.stage("loading the model")
         loaded = load_for_inference(model, device=choose_device(device))
+        if num_samples and loaded.kind != "chat":
+            raise ConfigError(
+                f"`--samples` has no effect on a model of `task.kind: {loaded.kind}`, which does "
+                "not answer prompts",
+                hint="leave it out",
+            )
         display.stage("reading and tokenizing the data")
         if data is None:
             folder, config = _run_of(Path(model))
@@ -78,17 +90,38 @@ def run(
             prepared = prepare(objective, config.task, seed=config.seed)
             _require_unchanged(folder, prepared.sources)
             dataset, indices = prepared.dataset, prepared.validation
+            task, asked = config.task, config.evaluate.num_samples
             named = f"validation split of {config.run_dir}"
         else:
             objective = build_objective(loaded, too_long=too_long or "error")
-            dataset = _encode(
-                objective, loaded.kind, data, columns or loaded.info.get("columns", {})
+            task = TaskConfig(
+                kind=loaded.kind,
+                train=data,
+                validation=None,
+                columns=columns or loaded.info.get("columns", {}),
             )
+            dataset, asked = _encode(objective, task, data), EvaluateConfig().num_samples
             indices, named = np.arange(len(dataset)), data
         display.stage(f"evaluating {len(indices):,} examples")
         result = evaluate_model(loaded.model, objective, dataset, indices, kind=loaded.kind)
+        samples: list[Sample] = []
+        count = asked if num_samples is None else num_samples
+        if loaded.kind == "chat" and count:
+            display.stage("answering prompts")
+            samples = sample_answers(
+                loaded.model,
+                loaded.tokenizer,
+                first_conversations(task, dataset, indices, num_samples=count),
+                num_samples=count,
+            )
     return EvaluationReport(
-        model, named, result.num_examples, result.num_targets, result.metrics, result.details
+        model,
+        named,
+        result.num_examples,
+        result.num_targets,
+        result.metrics,
+        result.details,
+        samples,
     )
 
 
@@ -126,10 +159,7 @@ def _require_unchanged(folder: Path, sources: Sequence[Mapping[str, Any]]) -> No
         )
 
 
-def _encode(
-    objective: CausalLM | Classification, kind: TaskKind, data: str, columns: dict[str, str]
-) -> JoinedDataset:
-    task = TaskConfig(kind=kind, train=data, validation=None, columns=columns)
+def _encode(objective: CausalLM | Classification, task: TaskConfig, data: str) -> JoinedDataset:
     encoded = encode_dataset(
         [data],
         task,

@@ -18,7 +18,7 @@ from fulltune.data.joined import JoinedDataset
 from fulltune.data.preview import Finding, PreviewFacts, check, examine
 from fulltune.data.records import check_source, read_records, source_fingerprint
 from fulltune.data.splits import Source, parse_validation, split_dataset
-from fulltune.data.tasks import Example, TaskConfig
+from fulltune.data.tasks import ChatExample, Example, TaskConfig
 from fulltune.errors import ConfigError, DataError, ModelError
 from fulltune.models.families import family_of
 from fulltune.models.loading import (
@@ -255,6 +255,16 @@ def find_examples(
                 if len(found) == len(wanted):
                     break
     return found
+
+
+def first_conversations(
+    task: TaskConfig, dataset: JoinedDataset, indices: Sequence[int] | IntArray, *, num_samples: int
+) -> list[ChatExample]:
+    """The conversations to sample answers from: a few more than asked for, as some do not fit."""
+    wheres = [dataset.where(int(index)) for index in indices[: 4 * num_samples]]
+    examples = find_examples(task, wheres)
+    found = [examples[where] for where in dict.fromkeys(wheres) if where in examples]
+    return [example for example in found if isinstance(example, ChatExample)]
 
 
 def _describe_source(source: str, rows: int | None) -> dict[str, Any]:

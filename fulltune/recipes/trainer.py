@@ -14,12 +14,10 @@ import torch
 
 from fulltune.config import Quantity
 from fulltune.data.loader import Loader, StepPlan, num_steps, prefetch
-from fulltune.data.tasks import ChatExample
 from fulltune.errors import CheckpointError, ConfigError
 from fulltune.evaluate.evaluator import (
     BestTracker,
     EvaluationResult,
-    Sample,
     evaluate_model,
     evaluate_retention,
     sample_answers,
@@ -36,7 +34,7 @@ from fulltune.optim.optimizers import Optimizer, group_parameters
 from fulltune.recipes.prepare import (
     Base,
     Prepared,
-    find_examples,
+    first_conversations,
 )
 from fulltune.runtime import (
     PrecisionChoice,
@@ -411,27 +409,18 @@ class Trainer:
         if self.config.task.kind != "chat" or not count or not len(self.prepared.validation):
             return
         self.display.stage("answering held-out prompts")
-        wheres = [
-            self.prepared.dataset.where(int(index))
-            for index in self.prepared.validation[: 4 * count]
-        ]
-        examples = find_examples(self.config.task, wheres)
-        conversations = [examples[where] for where in wheres if where in examples]
-        samples: list[Sample] = sample_answers(
+        samples = sample_answers(
             model,
             self.base.tokenizer,
-            [example for example in conversations if isinstance(example, ChatExample)],
+            first_conversations(
+                self.config.task,
+                self.prepared.dataset,
+                self.prepared.validation,
+                num_samples=count,
+            ),
             num_samples=count,
         )
-        lines = [
-            {
-                "step": step,
-                "prompt": [{"role": turn.role, "content": turn.content} for turn in sample.prompt],
-                "answer": sample.answer,
-                "reference": sample.reference,
-            }
-            for sample in samples
-        ]
+        lines = [{"step": step, **sample.as_json()} for sample in samples]
         # Written anew with what was there of other steps: a run killed here samples once more.
         path = self.folder / "samples.jsonl"
         kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
