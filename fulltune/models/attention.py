@@ -16,6 +16,7 @@ D size of a head, B documents of one group, L longest document of that group.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -606,5 +607,11 @@ def _reduced(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _is_not_about_padding(record: logging.LogRecord) -> bool:
+    return "since your input_ids may be padded" not in str(record.msg)
+
+
+# Packed rows need no attention mask, and end in padding that their boundaries keep apart.
+logging.getLogger("transformers.modeling_utils").addFilter(_is_not_about_padding)
 AttentionInterface.register(IMPLEMENTATION, attend)
 AttentionMaskInterface.register(IMPLEMENTATION, make_mask)

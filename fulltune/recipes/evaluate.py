@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fulltune.config import build_config, read_yaml
 from fulltune.data.encoding import encode_dataset
@@ -16,9 +17,12 @@ from fulltune.data.tasks import TaskConfig
 from fulltune.errors import ConfigError, DataError
 from fulltune.evaluate.evaluator import EvaluateConfig, Sample, evaluate_model, sample_answers
 from fulltune.inference import build_objective, load_for_inference
+from fulltune.models.attention import IMPLEMENTATION
+from fulltune.models.loading import load_model
 from fulltune.objectives.base import TooLong
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification
+from fulltune.recipes import pretrain
 from fulltune.recipes.finetune import Config
 from fulltune.recipes.prepare import first_conversations, prepare
 from fulltune.runtime import cache_dir, choose_device, num_cores
@@ -74,6 +78,15 @@ def run(
             "read as the run read it",
             hint="leave them out, or name other data with `--data FILE`",
         )
+    pretrained = _pretraining_run(Path(model))
+    if pretrained is not None:
+        if num_samples or too_long is not None:
+            raise ConfigError(
+                "`--samples` and `--too-long` have no effect on a pre-trained model, which is "
+                "measured on documents",
+                hint="leave them out",
+            )
+        return _evaluate_pretrained(model, *pretrained, data, columns, device)
     with make_display(title=f"evaluate {model}") as display:
         display.stage("loading the model")
         loaded = load_for_inference(model, device=choose_device(device))
@@ -122,6 +135,54 @@ def run(
         result.metrics,
         result.details,
         samples,
+    )
+
+
+def _pretraining_run(path: Path) -> tuple[Path, pretrain.Config] | None:
+    """The run a model lies in, where it was pre-trained."""
+    for folder in (path, path.parent):
+        if has_run(folder) and "objective" in (values := read_yaml(folder / CONFIG)):
+            return folder, build_config(pretrain.Config, values)
+    return None
+
+
+def _evaluate_pretrained(
+    model: str,
+    folder: Path,
+    config: pretrain.Config,
+    data: str | None,
+    columns: dict[str, str] | None,
+    device: str,
+) -> EvaluationReport:
+    """The objective of a pre-training run on its own validation split, or on other documents."""
+    if data is None and config.task.validation is None:
+        raise ConfigError(
+            f"the run in `{folder}` held nothing out", hint="name the data with `--data FILE`"
+        )
+    # The whole of other data is measured: it takes the place of the validation split.
+    task = config.task
+    if data is not None:
+        update = {"train": data, "validation": data, "columns": columns or task.columns}
+        task = task.model_copy(update=update)
+    trained = config.model_copy(update={"model": str(folder), "tokenizer": None, "task": task})
+    trained = trained.model_copy(update={"architecture": {}})
+    with make_display(title=f"evaluate {model}") as display:
+        base, objective = pretrain.open_start(trained)
+        display.stage("reading and tokenizing the data")
+        prepared = pretrain.prepare(trained, objective, lambda _: None)
+        if data is None:
+            _require_unchanged(folder, prepared.sources)
+        display.stage(f"evaluating {len(prepared.validation):,} examples")
+        loaded = load_model(
+            base.path, head=objective.head, dtype=torch.float32, attention=IMPLEMENTATION
+        )
+        torch.nn.Module.to(loaded, choose_device(device))
+        result = evaluate_model(
+            loaded, objective, prepared.dataset, prepared.validation, kind="text"
+        )
+    named = data or f"validation split of {config.run_dir}"
+    return EvaluationReport(
+        model, named, result.num_examples, result.num_targets, result.metrics, result.details
     )
 
 

@@ -258,7 +258,11 @@ def find_examples(
 
 
 def first_conversations(
-    task: TaskConfig, dataset: JoinedDataset, indices: Sequence[int] | IntArray, *, num_samples: int
+    task: TaskConfig,
+    dataset: JoinedDataset | JoinedExamples,
+    indices: Sequence[int] | IntArray,
+    *,
+    num_samples: int,
 ) -> list[ChatExample]:
     """The conversations to sample answers from: a few more than asked for, as some do not fit."""
     wheres = [dataset.where(int(index)) for index in indices[: 4 * num_samples]]
