@@ -1,0 +1,186 @@
+"""`pretrain` end to end: new models of every objective learn, resume exactly, and are fine-tuned."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fulltune.config import build_config
+from fulltune.errors import ConfigError, ModelError
+from fulltune.recipes import evaluate, finetune, pretrain
+from fulltune.tracking import read_metrics
+from fulltune.train.checkpoint import last_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FULLTUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred documents of a few sentences, one a row."""
+    import json
+
+    lines = (
+        "The river runs past the old mill.", "Nobody has seen the miller since spring.",
+        "Two boats lie at the pier.", "A boy counts the ducks on the water.", "It begins to rain.",
+        "The bells ring for the evening.", "她在河边看书。", "今天的天气很好。",
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    rows = [
+        {"text": f"Day {day}. " + "\n".join(lines[(day * step + step) % 8] for step in range(1, 7))}
+        for day in range(100)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "gpt2-tiny": {"n_embd": 32, "n_positions": 128},
+    "llama-tiny": {
+        "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_hidden_layers": 2,
+    },
+}  # fmt: skip
+
+
+def make_config(
+    run_dir: Path, corpus: Path, folder: Path, model: str, **changes: Any
+) -> pretrain.Config:
+    values: dict[str, Any] = {
+        "model": model,
+        "tokenizer": str(folder),
+        "architecture": SMALL[model],
+        "task": {"kind": "text", "train": str(corpus), "validation": "10 examples"},
+        "objective": {"length": 32},
+        "duration": "6 steps",
+        "batch": "8 examples",
+        "precision": "fp32",
+        "optimizer": {"lr": 3e-3},
+        "evaluate": {"every": "3 steps"},
+        "save_every": "2 steps",
+        "num_workers": 0,
+        "run_dir": str(run_dir),
+    }
+    return build_config(pretrain.Config, {**values, **changes})
+
+
+def step_losses(run_dir: Path) -> list[float]:
+    events = read_metrics(run_dir / "metrics.jsonl")
+    return [event["loss"] for event in events if event["event"] == "step"]
+
+
+CASES = [
+    ("gpt2-tiny", "tiny_gpt2", {"length": 32}),
+    ("gpt2-tiny", "tiny_gpt2", {"length": 32, "stream": True}),
+    ("llama-tiny", "tiny_llama", {"length": 32, "stream": True}),
+]
+
+
+@pytest.mark.parametrize(("model", "tokenizer", "objective"), CASES)
+def test_a_new_model_learns_and_evaluate_finds_the_result_of_the_run(
+    request: pytest.FixtureRequest, tmp_path: Path, corpus: Path, model: str, tokenizer: str,
+    objective: dict[str, Any],
+) -> None:  # fmt: skip
+    run_dir = tmp_path / "run"
+    config = make_config(
+        run_dir, corpus, request.getfixturevalue(tokenizer), model, objective=objective,
+        duration="40 steps",
+    )  # fmt: skip
+    result = pretrain.run(config)
+    course = step_losses(run_dir)
+    assert course[-1] < 0.75 * course[0]
+    measured = evaluate.run(str(run_dir))
+    assert measured.metrics["loss"] == pytest.approx(result.metrics["loss"], abs=1e-5)
+    assert (run_dir / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("model", "tokenizer", "objective"), CASES)
+def test_a_resumed_pretraining_equals_an_unbroken_one_bit_for_bit(
+    request: pytest.FixtureRequest, tmp_path: Path, corpus: Path, model: str, tokenizer: str,
+    objective: dict[str, Any],
+) -> None:  # fmt: skip
+    folder = request.getfixturevalue(tokenizer)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    pretrain.run(make_config(whole, corpus, folder, model, objective=objective))
+    config = make_config(broken, corpus, folder, model, objective=objective)
+    pretrain.run(config)
+    # Back to the second checkpoint, as after a kill in the fifth step.
+    shutil.rmtree(broken / "checkpoints" / "step-00000006")
+    shutil.rmtree(broken / "model")
+    (broken / "manifest.json").unlink()
+    assert pretrain.run(config, resume=True).ending == "finished"
+    expected = load_file(whole / "model" / "model.safetensors")
+    found = load_file(broken / "model" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    checkpoint, _ = last_checkpoint(broken / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.step == 6
+
+
+def test_a_new_model_is_the_same_for_the_same_seed(
+    tmp_path: Path, corpus: Path, tiny_gpt2: Path
+) -> None:
+    def start(seed: int) -> dict[str, torch.Tensor]:
+        config = make_config(tmp_path / "run", corpus, tiny_gpt2, "gpt2-tiny", seed=seed)
+        base, _ = pretrain.open_start(config)
+        return load_file(base.path / "model.safetensors")
+
+    first, again, other = start(0), start(0), start(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["transformer.wte.weight"], other["transformer.wte.weight"])
+    # GPT-2 divides residual projections by the root of twice the layers.
+    deviation = float(first["transformer.h.0.mlp.c_proj.weight"].std())
+    assert deviation == pytest.approx(0.02 / 2, rel=0.05)
+
+
+def test_a_pretrained_run_is_fine_tuned_by_its_name(
+    tmp_path: Path, corpus: Path, tiny_gpt2: Path, classification_file: Path
+) -> None:
+    config = make_config(tmp_path / "pretrained", corpus, tiny_gpt2, "gpt2-tiny")
+    pretrain.run(config)
+    values = {
+        "model": str(tmp_path / "pretrained"),
+        "task": {"kind": "classification", "train": str(classification_file)},
+        "duration": "2 steps", "batch": "8 examples", "num_workers": 0,
+        "run_dir": str(tmp_path / "finetuned"),
+    }  # fmt: skip
+    result = finetune.run(build_config(finetune.Config, values))
+    assert result.ending == "finished"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"tokenizer": None}, "has no tokenizer"),
+        ({"architecture": {"num_wheels": 4}}, "architecture.num_wheels"),
+        ({"objective": {"length": 4096}}, "context is 128 tokens"),
+        ({"task": {"kind": "classification", "train": "x"}}, "reads documents"),
+        ({"tokenizer": "nowhere"}, "no folder of a tokenizer"),
+    ],
+)
+def test_what_cannot_be_pretrained_is_said_before_anything_is_written(
+    tmp_path: Path, corpus: Path, tiny_gpt2: Path, changes: dict[str, Any], named: str
+) -> None:
+    config = make_config(tmp_path / "run", corpus, tiny_gpt2, "gpt2-tiny", **changes)
+    with pytest.raises((ConfigError, ModelError), match=named):
+        pretrain.run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_model_takes_no_other_tokenizer(
+    tmp_path: Path, corpus: Path, tiny_gpt2: Path
+) -> None:
+    values = {
+        "model": str(tiny_gpt2), "tokenizer": str(tiny_gpt2),
+        "task": {"kind": "text", "train": str(corpus)}, "run_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="`tokenizer` has no effect"):
+        pretrain.run(build_config(pretrain.Config, values))
