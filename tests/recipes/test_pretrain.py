@@ -1,4 +1,4 @@
-"""`pretrain` end to end: new models of every objective learn, resume exactly, and are fine-tuned."""
+"""`pretrain` end to end: new models of every objective learn and resume exactly."""
 
 from __future__ import annotations
 
