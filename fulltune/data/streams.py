@@ -1,0 +1,147 @@
+"""Documents as one stream of tokens, cut into windows of one length: what pre-training reads.
+
+Nothing is padded and nothing is wasted: a window ends where the next one begins, and documents
+begin and end inside windows. Only where documents start is held in memory; tokens are read from the
+mapped files when a window is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fulltune.data.encoding import EncodedExample, Int32Array, Int64Array
+from fulltune.errors import DataError
+
+
+class Documents(Protocol):
+    """Encoded documents, each with all its tokens and without special tokens."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.integer]:
+        """Tokens of each document."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the content of all documents."""
+        ...
+
+    def __getitem__(self, index: int, /) -> EncodedExample: ...
+
+    def where(self, index: int, /) -> str:
+        """File and line of a document."""
+        ...
+
+
+class TokenStream:
+    """Windows of ``window_tokens`` tokens, cut from documents joined in a shuffled order.
+
+    Args:
+        documents: what is joined.
+        indices: the documents of the split; the result depends on their set, not on their order.
+        seed: of the order of the documents.
+        window_tokens: tokens of a window, at least 2.
+        end_id: the token that follows each document.
+        keep_last: whether the last window is kept where it is shorter but has at least 2 tokens.
+
+    Attributes:
+        lengths: int32, tokens of each window.
+        fingerprint: hash of all that decides the windows.
+
+    Raises:
+        DataError: there is not one window.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        indices: Sequence[int] | npt.NDArray[np.integer],
+        seed: int,
+        *,
+        window_tokens: int,
+        end_id: int,
+        keep_last: bool = True,
+    ) -> None:
+        if window_tokens < 2:
+            raise ValueError(f"a window of {window_tokens} tokens has nothing to predict")
+        self._documents = documents
+        self._window_tokens = window_tokens
+        self._end_id = end_id
+        order = np.sort(np.asarray(indices, dtype=np.int64))
+        fingerprint = hashlib.blake2b(digest_size=16)
+        for part in (documents.fingerprint, seed, window_tokens, end_id, keep_last):
+            fingerprint.update(f"{part}\0".encode())
+        fingerprint.update(order.tobytes())
+        self.fingerprint = fingerprint.hexdigest()
+
+        np.random.default_rng(np.random.SeedSequence(seed & (2**64 - 1))).shuffle(order)
+        self._order: Int64Array = order
+        self._starts: Int64Array = np.zeros(len(order) + 1, dtype=np.int64)
+        np.cumsum(documents.lengths[order].astype(np.int64) + 1, out=self._starts[1:])
+        num_windows, rest = divmod(int(self._starts[-1]), window_tokens)
+        self.lengths: Int32Array = np.full(num_windows, window_tokens, dtype=np.int32)
+        if keep_last and rest >= 2:
+            self.lengths = np.append(self.lengths, np.int32(rest))
+        if not len(self.lengths):
+            raise DataError(
+                f"the {len(order):,} documents of this split have {int(self._starts[-1]):,} tokens "
+                f"in all, less than one window of {window_tokens:,}",
+                hint="give more text, or shorter windows",
+            )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> EncodedExample:
+        """A window; its bytes are those of its documents, in proportion to its tokens of each."""
+        start, end, first = self._place(index)
+        input_ids: list[int] = []
+        num_bytes = 0
+        where = self._documents.where(int(self._order[first]))
+        for place in range(first, len(self._order)):
+            document_start, document_end = map(int, self._starts[place : place + 2])
+            if document_start >= end:
+                break
+            document = self._documents[int(self._order[place])]
+            length = len(document["input_ids"])
+            begin, stop = max(0, start - document_start), min(length, end - document_start)
+            input_ids += document["input_ids"][begin:stop]
+            if end >= document_end:
+                input_ids.append(self._end_id)
+            if length:
+                # Rounded down at both ends, so that the windows of a document add up to it.
+                total = document["num_bytes"]
+                num_bytes += max(0, total * stop // length - total * begin // length)
+        content = np.asarray(input_ids, dtype=np.int64).tobytes()
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        content_hash = int.from_bytes(digest, "little", signed=True)
+        return EncodedExample(
+            input_ids=input_ids,
+            targets=[1] * len(input_ids),
+            token_type_ids=[],
+            label="",
+            num_removed=0,
+            num_removed_targets=0,
+            input_hash=content_hash,
+            example_hash=content_hash,
+            num_bytes=num_bytes,
+            where=where,
+        )
+
+    def where(self, index: int) -> str:
+        """File and line of the document that a window begins in."""
+        _, _, first = self._place(index)
+        return self._documents.where(int(self._order[first]))
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """Where a window starts and ends in the stream, and the place of its first document."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start = int(index) % len(self) * self._window_tokens
+        end = min(start + self._window_tokens, int(self._starts[-1]))
+        return start, end, int(np.searchsorted(self._starts, start, side="right")) - 1
