@@ -140,28 +140,31 @@ def make_config(
         ModelError: the file cannot be used.
     """
     if source in PRESETS:
-        preset = PRESETS[source]
-        config = CONFIG_MAPPING[preset.model_type](**preset.values)
+        model_type, values = PRESETS[source].model_type, dict(PRESETS[source].values)
     else:
         path = Path(source).expanduser()
-        if not path.is_file():
+        if path.name != "config.json" or not path.is_file():
             raise ModelError(
-                f"`{source}` does not exist",
-                hint=f"give a config.json, or a size: {', '.join(PRESETS)}",
+                f"`{source}` is not the path of a config.json",
+                hint=f"give one, or a size: {', '.join(PRESETS)}",
             )
-        if path.name != "config.json":
-            raise ModelError(
-                f"`{source}` must be named config.json", hint="rename it, in a folder of its own"
-            )
-        config = load_model_config(path.parent)
-    known = {*config.to_dict(), *config.attribute_map}
-    for name, value in overrides.items():
+        given = load_model_config(path.parent)
+        model_type, values = given.model_type, given.to_dict()
+    known = {*CONFIG_MAPPING[model_type]().to_dict(), *CONFIG_MAPPING[model_type].attribute_map}
+    for name in overrides:
         if name not in known:
             raise ConfigError(
-                f"`architecture.{name}` is no field of a `{config.model_type}` config",
-                hint=f"fields: {', '.join(sorted(config.to_dict()))}",
+                f"`architecture.{name}` is no field of a `{model_type}` config",
+                hint=f"fields: {', '.join(sorted(known))}",
             )
-        setattr(config, name, value)
+    try:
+        # Made anew, so that what follows from other fields, as a head's width, is derived again.
+        config: PretrainedConfig = CONFIG_MAPPING[model_type](**{**values, **overrides})
+    except (ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
+        raise ConfigError(
+            f"`architecture` does not fit together: {reason}", hint="correct or leave out a field"
+        ) from error
     config.vocab_size = len(tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))

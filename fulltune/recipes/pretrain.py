@@ -29,13 +29,14 @@ from fulltune.models.presets import PRESETS, is_new_model, make_config, make_mod
 from fulltune.objectives.base import Head, Objective
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.causal_stream import CausalStream
+from fulltune.objectives.permutation_lm import PermutationConfig, PermutationLM
 from fulltune.recipes import finetune
 from fulltune.recipes.prepare import Base, Prepared, open_base
 from fulltune.recipes.prepare import prepare as prepare_windows
 from fulltune.runtime import cache_dir, num_cores
 from fulltune.tracking import Display
 
-Name = Literal["causal_lm"]
+Name = Literal["causal_lm", "permutation_lm"]
 
 
 class ObjectiveConfig(Settings):
@@ -48,6 +49,7 @@ class ObjectiveConfig(Settings):
     stream: bool = False
     """`causal_lm`: join documents end to end, so that a window may hold several; otherwise each
     window holds one document, or a part of it, and windows are packed apart."""
+    permutation: PermutationConfig = PermutationConfig()
 
 
 DEFAULT_LENGTH = 512
@@ -84,8 +86,13 @@ def _causal_lm(base: Base, family: Family, config: ObjectiveConfig, length: int)
     return CausalStream(model) if config.stream else model
 
 
+def _permutation_lm(base: Base, family: Family, config: ObjectiveConfig, length: int) -> Objective:
+    return PermutationLM(base.tokenizer, length, config.permutation)
+
+
 OBJECTIVES: dict[str, Kind] = {
     "causal_lm": Kind("causal_lm", ("gpt",), _causal_lm, ("stream",), metrics=()),
+    "permutation_lm": Kind("permutation_lm", ("xlnet",), _permutation_lm, ("permutation",)),
 }
 
 

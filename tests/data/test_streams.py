@@ -1,0 +1,126 @@
+"""A stream has every token of its documents once, in an order that the seed decides."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fulltune.data.encoding import EncodedExample
+from fulltune.data.streams import TokenStream
+from fulltune.errors import DataError
+
+END = -1
+
+
+class Documents:
+    """Documents in memory; every token tells its document and its place there."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = np.array(lengths, dtype=np.int32)
+        self.fingerprint = str(lengths)
+        self.num_reads = 0
+
+    def __getitem__(self, index: int, /) -> EncodedExample:
+        self.num_reads += 1
+        length = int(self.lengths[index])
+        return EncodedExample(
+            input_ids=[1000 * index + place for place in range(length)],
+            targets=[1] * length,
+            token_type_ids=[],
+            label="",
+            num_removed=0,
+            num_removed_targets=0,
+            input_hash=index,
+            example_hash=index,
+            num_bytes=3 * length + 1,
+            where=self.where(index),
+        )
+
+    def piece(self, index: int, start: int, stop: int, /) -> EncodedExample:
+        piece = self[index].copy()
+        piece["input_ids"] = piece["input_ids"][start:stop]
+        return piece
+
+    def where(self, index: int, /) -> str:
+        return f"text.txt:{index + 1}"
+
+
+lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)
+
+
+@given(lengths, st.integers(2, 40), st.integers(-(2**63), 2**63))
+def test_windows_end_to_end_are_whole_documents_each_with_its_end(
+    lengths: list[int], window: int, seed: int
+) -> None:
+    documents = Documents(lengths)
+    stream = TokenStream(documents, range(len(lengths)), seed, window_tokens=window, end_id=END)
+    windows = [stream[index] for index in range(len(stream))]
+    assert [len(each["input_ids"]) for each in windows] == stream.lengths.tolist()
+    assert set(stream.lengths[:-1].tolist()) <= {window}
+    tokens = [token for each in windows for token in each["input_ids"]]
+    if (sum(lengths) + len(lengths)) % window == 1:
+        tokens.append(END)  # one token alone is no window
+    seen: list[int] = []
+    while tokens:
+        end = tokens.index(END)
+        document = tokens[0] // 1000
+        assert tokens[:end] == documents[document]["input_ids"]
+        seen.append(document)
+        del tokens[: end + 1]
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+@given(lengths, st.integers(2, 40))
+def test_the_bytes_of_all_windows_are_those_of_the_documents(
+    lengths: list[int], window: int
+) -> None:
+    stream = TokenStream(
+        Documents(lengths), range(len(lengths)), 0, window_tokens=window, end_id=END
+    )
+    total = sum(stream[index]["num_bytes"] for index in range(len(stream)))
+    assert total == sum(3 * length + 1 for length in lengths)
+
+
+def test_a_window_is_named_by_its_first_document_and_reads_only_its_own() -> None:
+    documents = Documents([7] * 50)
+    stream = TokenStream(documents, range(50), 3, window_tokens=8, end_id=END)
+    documents.num_reads = 0
+    example = stream[20]
+    assert documents.num_reads == 1
+    document = example["input_ids"][0] // 1000
+    assert example["where"] == stream.where(20) == f"text.txt:{document + 1}"
+    assert example["input_ids"][-1] == END
+    assert example["targets"] == [1] * 8
+    assert stream[-1] == stream[len(stream) - 1]
+    with pytest.raises(IndexError):
+        stream[len(stream)]
+
+
+def test_the_order_follows_from_the_seed_and_the_set_of_documents() -> None:
+    documents = Documents([5] * 40)
+
+    def make(indices: list[int], seed: int) -> TokenStream:
+        return TokenStream(documents, indices, seed, window_tokens=6, end_id=END)
+
+    first, same = make(list(range(40)), 1), make(list(reversed(range(40))), 1)
+    other = make(list(range(40)), 2)
+    assert [each["input_ids"] for each in first] == [each["input_ids"] for each in same]
+    assert [each["input_ids"] for each in first] != [each["input_ids"] for each in other]
+    assert first.fingerprint == same.fingerprint
+    assert len({first.fingerprint, other.fingerprint, make(list(range(39)), 1).fingerprint}) == 3
+    assert len({each["example_hash"] for each in first}) == 40
+
+
+def test_a_short_last_window_is_dropped_if_asked() -> None:
+    documents = Documents([10, 10])
+    kept = TokenStream(documents, [0, 1], 0, window_tokens=8, end_id=END)
+    dropped = TokenStream(documents, [0, 1], 0, window_tokens=8, end_id=END, keep_last=False)
+    assert kept.lengths.tolist() == [8, 8, 6]
+    assert dropped.lengths.tolist() == [8, 8]
+
+
+def test_too_little_text_for_one_window_is_said() -> None:
+    with pytest.raises(DataError, match="1 documents of this split have 11 tokens"):
+        TokenStream(Documents([10]), [0], 0, window_tokens=64, end_id=END, keep_last=False)
