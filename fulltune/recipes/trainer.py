@@ -220,8 +220,15 @@ class Trainer:
                     "go on with `--resume`"
                 )
             else:
+                interruption.answer_from_now_on(self._say_that_it_finishes)
                 on_main_rank(self.runtime, lambda: finish(self, ending))
         return ending
+
+    def _say_that_it_finishes(self, signal_name: str) -> None:
+        self.display.notice(
+            f"{signal_name}: training is over and its state saved; finishing the model and the "
+            "report. A second signal stops that, and `--resume` goes on with it"
+        )
 
     def _say_what_starts(self, resumed_step: int | None) -> None:
         self.tracker.write(
