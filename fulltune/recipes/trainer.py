@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from fulltune.config import Quantity
 from fulltune.data.loader import Loader, StepPlan, num_steps, prefetch
 from fulltune.errors import CheckpointError, ConfigError
 from fulltune.evaluate.evaluator import (
@@ -50,7 +49,7 @@ from fulltune.train.checkpoint import (
 )
 from fulltune.train.health import NonFiniteError, SpikeDetector, nonfinite_rows
 from fulltune.train.interruption import agreed, caught_signals
-from fulltune.train.loop import Ending, Every, Progress, fit
+from fulltune.train.loop import Ending, Progress, every, fit
 from fulltune.train.ranks import from_all_ranks, from_main_rank, on_all_ranks, on_main_rank
 from fulltune.train.run_folder import (
     CHECKPOINTS,
@@ -180,7 +179,6 @@ class Trainer:
         """Train to the end, or until interrupted; ``finish`` runs on the first rank at the end."""
         resumed_step = self._restore() if resume else None
         self.display.num_steps = self.num_steps
-        steps_per_epoch = self.loader.steps_per_epoch()
         with (
             Tracker(
                 self.folder,
@@ -206,9 +204,9 @@ class Trainer:
                     self._batches(),
                     num_steps=self.num_steps,
                     evaluate=self._evaluate,
-                    evaluate_every=_every(self.config.evaluate.every, steps_per_epoch),
+                    evaluate_every=every(self.config.evaluate.every, self.loader.epochs_after),
                     save=lambda step: on_main_rank(self.runtime, lambda: self._save(step)),
-                    save_every=_every(self.config.save_every, steps_per_epoch),
+                    save_every=every(self.config.save_every, self.loader.epochs_after),
                     interrupted=lambda: agreed(interruption, self.runtime),
                 )
             if ending == "interrupted":
@@ -567,9 +565,3 @@ def _flops_per_step(model: PreTrainedModel, layers: dict[str, Any]) -> Flops:
 def layer_of_parameters(model: PreTrainedModel) -> dict[str, Any]:
     """The layer of every parameter by name."""
     return {name: layer_of(name, model) for name, _ in model.named_parameters()}
-
-
-def _every(period: Quantity, steps_per_epoch: int) -> Every:
-    if period.unit == "steps":
-        return Every(max(1, round(period.value)))
-    return Every(max(1, round(period.value * steps_per_epoch)))
