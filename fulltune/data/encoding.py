@@ -21,7 +21,7 @@ import threading
 import time
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -175,10 +175,6 @@ class EncodedDataset:
             raise IndexError(f"example {index} of {len(self)}")
         shard, row = self._find(index)
         return shard.example(row)
-
-    def rows(self, indices: Iterable[int]) -> list[EncodedExample]:
-        """Several examples, in the order asked for."""
-        return [self[int(index)] for index in indices]
 
     def where(self, index: int) -> str:
         """File and line of an example's record."""
