@@ -25,7 +25,7 @@ from fulltune.memory.plan import MemoryPlan, plan_memory
 from fulltune.models.families import layer_of, num_layers
 from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import load_model
-from fulltune.models.scope import freeze
+from fulltune.models.scope import freeze, require_own_weights
 from fulltune.objectives.causal_lm import CausalLM, require_plain_head
 from fulltune.optim.master_weights import MasterWeights
 from fulltune.optim.optimizers import Optimizer, group_parameters
@@ -92,7 +92,11 @@ class Trainer:
         layers = layer_of_parameters(self.model)
         self.layers = layers
         depth = num_layers(self.model.config)
-        freeze(self.model, config.scope, layer_of=layers, num_layers=depth)
+        tied_heads = freeze(self.model, config.scope, layer_of=layers, num_layers=depth)
+        if config.optimizer.layer_lr_decay != 1:
+            require_own_weights(
+                layers, depth, setting="optimizer.layer_lr_decay", hint="leave it out"
+            )
         self.masters = MasterWeights(self.model, precision.dtype)
         self.kernels = install_fast_kernels(self.model)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
@@ -117,7 +121,13 @@ class Trainer:
         self.num_steps = num_steps(config.duration, self.loader)
         self.optimizer = Optimizer(
             self.masters,
-            group_parameters(self.masters, config.optimizer, layer_of=layers, num_layers=depth),
+            group_parameters(
+                self.masters,
+                config.optimizer,
+                layer_of=layers,
+                num_layers=depth,
+                tied_heads=tied_heads,
+            ),
             config.optimizer,
             num_steps=self.num_steps,
         )
