@@ -160,6 +160,9 @@ class Optimizer:
         groups: from `group_parameters`.
         config: the optimizer and its schedule.
         num_steps: updates of the whole run.
+
+    Raises:
+        ConfigError: the warmup is longer than the run.
     """
 
     def __init__(
@@ -176,6 +179,12 @@ class Optimizer:
         warmup = config.warmup
         share = warmup.value / 100 if warmup.unit == "%" else 0
         self.warmup_steps = round(share * num_steps) if share else int(warmup.value)
+        if self.warmup_steps > num_steps:
+            raise ConfigError(
+                f"`optimizer.warmup` is {warmup}, but the run has {num_steps:,} steps, so that the "
+                "learning rate would never come to `optimizer.lr`",
+                hint="warm up for fewer steps or a share such as `3%`, or train longer",
+            )
         tensors = dict(masters.items())
         names = {id(tensor): name for name, tensor in tensors.items()}
         self._names = names
