@@ -121,7 +121,7 @@ Duration = Annotated[Quantity, *_DURATION, AfterValidator(_positive)]
 BatchSize = Annotated[Quantity, *_BATCH, AfterValidator(_positive), AfterValidator(_whole)]
 """How much one optimizer step sees: `32768 tokens` or `64 examples`."""
 Period = Annotated[Quantity, *_PERIOD, AfterValidator(_positive)]
-"""How often: `100 steps` or `1 epoch`."""
+"""How often: `100 steps`, or `1 epoch`, which ends where the epoch does."""
 Warmup = Annotated[Quantity, *_WARMUP]
 """A share of all steps, `3%`, or a number, `100 steps`."""
 

@@ -164,11 +164,34 @@ def test_a_dry_run_prints_settings_that_load_back(
     code, output, errors = say("finetune", settings_file, "--dry-run", "optimizer.lr=2e-5")
     again = tmp_path / "again.yaml"
     again.write_text(output, encoding="utf-8")
-    assert (code, errors) == (0, "")
+    assert code == 0, errors
     assert load_config(finetune.Config, again) == load_config(
         finetune.Config, settings_file, ["optimizer.lr=2e-5"]
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_plans_what_the_run_then_does(
+    say: Say, settings_file: Path, tmp_path: Path
+) -> None:
+    code, output, _ = say("finetune", settings_file, "--dry-run", "--json", "scope=head")
+    assert code == 0
+    plan = json.loads(output)["plan"]
+    assert not (tmp_path / "run").exists()
+    _, output, _ = say("finetune", settings_file, "--dry-run", "scope=head")
+    comments = [line for line in output.splitlines() if line.startswith("# ")]
+    code, _, errors = say("finetune", settings_file, "scope=head")
+    assert code == 0, errors
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    start = json.loads(lines[0])
+    for name in ("num_parameters", "num_trained_parameters", "num_steps", "micro_batch_tokens"):
+        assert plan[name] == start[name], name
+        assert any(f"{plan[name]:,}" in line for line in comments), name
+    assert start["predicted_memory_bytes"] == pytest.approx(plan["predicted_memory_bytes"], rel=0.2)
+    said = f"{plan['num_steps']:,} steps, {plan['num_examples']:,} examples"
+    assert said in errors
+    # Settings that cannot be trained are refused as the run would refuse them.
+    assert say("finetune", settings_file, "--dry-run", "optimizer.warmup=9 steps")[0] == 2
 
 
 def test_results_go_to_stdout_and_all_else_to_stderr(

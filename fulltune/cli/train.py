@@ -61,17 +61,21 @@ def finetune(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", metavar=FLAG, help="Print the full settings, and train nothing."),
+        typer.Option(
+            "--dry-run",
+            metavar=FLAG,
+            help="Print the full settings and what the run would take, and train nothing.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune all weights of a model on a task."""
-    from fulltune.config import dump_config, load_config
+    from fulltune.config import load_config
     from fulltune.recipes import finetune as recipe
 
     config = load_config(recipe.Config, file, overrides or [])
     if dry_run:
-        typer.echo(dump_config(config), nl=False)
+        _print_plan(config, as_json=as_json)
         return
     _finetune(config, resume=resume, as_json=as_json)
 
@@ -96,6 +100,24 @@ def pretrain(
 
     config = load_config(recipe.Config, file, overrides or [])
     _say_result(recipe.run(config, resume=resume), "text", as_json=as_json)
+
+
+def _print_plan(config: finetune_recipe.Config, *, as_json: bool) -> None:
+    """Settings as YAML that runs again; the plan in comments below them."""
+    from dataclasses import asdict
+
+    from fulltune.config import dump_config
+    from fulltune.recipes import dry_run as recipe
+
+    plan = recipe.plan(config)
+    if not plan.is_main:
+        return
+    if as_json:
+        print_json({"settings": config.model_dump(mode="json"), "plan": asdict(plan)})
+        return
+    typer.echo(dump_config(config), nl=False)
+    for line in plan.lines():
+        typer.echo(f"# {line}")
 
 
 def _finetune(config: finetune_recipe.Config, *, resume: bool, as_json: bool = False) -> None:

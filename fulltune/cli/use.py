@@ -77,7 +77,13 @@ def predict(
         Path | None, typer.Option(metavar="FILE", help="JSON Lines to write; without it, stdout.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", metavar=FLAG, help="Go on after the lines already written.")
+        bool,
+        typer.Option(
+            "--resume",
+            metavar=FLAG,
+            help="Go on after the lines already written, with the model and settings that wrote "
+            "them: `FILE.origin.json` beside the output holds these.",
+        ),
     ] = False,
     columns: Annotated[
         list[str] | None,

@@ -21,7 +21,7 @@ import threading
 import time
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -183,10 +183,6 @@ class EncodedDataset:
         """Some tokens of an example; only they are read. All that is no list is the whole's."""
         shard, row = self._find(index)
         return shard.example(row, slice(start, stop))
-
-    def rows(self, indices: Iterable[int]) -> list[EncodedExample]:
-        """Several examples, in the order asked for."""
-        return [self[int(index)] for index in indices]
 
     def where(self, index: int) -> str:
         """File and line of an example's record."""

@@ -7,6 +7,7 @@ changes what is learned, and a run may resume on other hardware at the same plac
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import math
 import threading
@@ -38,15 +39,13 @@ class Place:
 class StepPlan:
     """One optimizer step as this rank does it.
 
-    micro_batches:     positions in the data set, one array per forward pass of this rank. May be
-                       empty where a step has fewer examples than there are ranks.
-    max_micro_batches: the most that any rank has; sharded ranks must all do as many passes.
-    num_examples:      of the step, over all ranks.
-    num_tokens:        of the step, over all ranks, without padding.
+    micro_batches: positions in the data set, one array per forward pass of this rank. May be empty
+                   where a step has fewer examples than there are ranks.
+    num_examples:  of the step, over all ranks.
+    num_tokens:    of the step, over all ranks, without padding.
     """
 
     micro_batches: list[IntArray]
-    max_micro_batches: int
     num_examples: int
     num_tokens: int
     epoch: int
@@ -125,6 +124,7 @@ class Loader:
             "examples": _fingerprint(dataset_fingerprint, self._indices, self._lengths),
         }
         self._num_steps_by_epoch: dict[int, int] = {}
+        self._epoch_ends = [0]
 
     @property
     def num_examples(self) -> int:
@@ -143,6 +143,16 @@ class Loader:
         if epoch not in self._num_steps_by_epoch:
             self._num_steps_by_epoch[epoch] = len(self._cut(self._order(epoch))) - 1
         return self._num_steps_by_epoch[epoch]
+
+    def epochs_after(self, step: int) -> float:
+        """Epochs that are done after a number of steps from the beginning."""
+        if self.batch.unit == "examples" or not self._shuffle:
+            return step / self.steps_per_epoch()
+        while self._epoch_ends[-1] <= step:
+            next_epoch = len(self._epoch_ends) - 1
+            self._epoch_ends.append(self._epoch_ends[-1] + self.steps_per_epoch(next_epoch))
+        epoch = bisect.bisect_right(self._epoch_ends, step) - 1
+        return epoch + (step - self._epoch_ends[epoch]) / self.steps_per_epoch(epoch)
 
     def steps_until(self, tokens: int, epoch: int) -> int:
         """Steps of an epoch until that many of its tokens have been seen."""
@@ -221,10 +231,9 @@ class Loader:
 
     def _plan(self, members: IntArray, place: Place) -> StepPlan:
         shares = _share(self._lengths[members], self.world_size)
-        cuts = [self._micro_batches(members[share]) for share in shares]
+        own = self._micro_batches(members[shares[self.rank]])
         return StepPlan(
-            micro_batches=[self._indices[positions] for positions in cuts[self.rank]],
-            max_micro_batches=max(map(len, cuts)),
+            micro_batches=[self._indices[positions] for positions in own],
             num_examples=len(members),
             num_tokens=int(self._lengths[members].sum()),
             epoch=place.epoch,

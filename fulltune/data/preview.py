@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from fulltune.data.encoding import EncodedExample
+from fulltune.data.padding import PaddingFacts
 from fulltune.data.tasks import TaskKind
 from fulltune.errors import DataError
 
@@ -171,6 +172,8 @@ class PreviewFacts(_Facts):
     supervision: Literal["tokens", "labels"]
     splits: tuple[SplitFacts, ...]
     overlaps: tuple[OverlapFacts, ...]
+    padding: PaddingFacts | None = None
+    """None for a model that packs its examples, which needs none."""
 
 
 class Finding(_Facts):

@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fulltune.data.preview import Finding, PreviewFacts, SplitFacts
+from fulltune.data.preview import TRAIN, Finding, PreviewFacts, SplitFacts
 
 TokenState: TypeAlias = Literal["trained", "context", "truncated", "padding"]
 
@@ -175,6 +175,9 @@ def rows_of(facts: PreviewFacts) -> list[tuple[str, list[str]]]:
                 [_count(split.labels.num_contradicting if split.labels else 0) for split in splits],
             )
         )
+    if facts.padding is not None:
+        share = f"{facts.padding.share:.1%} of a forward pass"
+        rows.append(("padding", [share if split.name == TRAIN else "" for split in splits]))
     if any(split.end_of_turn for split in splits):
         rows.append(("end of turn trained", [_ends(split) for split in splits]))
     for other in dict.fromkeys(overlap.other for overlap in facts.overlaps):

@@ -84,36 +84,6 @@ def make_document_kwargs(lengths: Sequence[int], device: torch.device | str) -> 
     }
 
 
-@torch.no_grad()
-def isolates_documents(model: nn.Module, *, num_tokens: int = 4) -> bool:
-    """Whether packed documents stay apart in this model, found by trying.
-
-    Some models drop the boundaries on the way to attention, or mix tokens in other layers
-    (convolutions, recurrences). Two documents are run in one row, then again with the first one
-    changed: the second must come out the same to the bit.
-
-    Args:
-        model: a transformers model, on its device; anything with ``.logits`` or
-            ``.last_hidden_state``.
-        num_tokens: length of each of the two documents.
-    """
-    device = next(model.parameters()).device
-    kwargs = make_document_kwargs([num_tokens, num_tokens], device)
-    tokens_T = torch.arange(2 * num_tokens, device=device)
-    changed_T = torch.where(tokens_T < num_tokens, tokens_T + num_tokens, tokens_T)
-    was_training = model.training
-    model.eval()
-    outputs = []
-    try:
-        for ids_T in (tokens_T, changed_T):
-            output = model(input_ids=ids_T[None], **kwargs)
-            states = output["logits"] if "logits" in output else output["last_hidden_state"]
-            outputs.append(states[0, num_tokens:])
-    finally:
-        model.train(was_training)
-    return torch.equal(outputs[0], outputs[1])
-
-
 # ---------------------------------------------------------------- masks
 
 

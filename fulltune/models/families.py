@@ -174,7 +174,7 @@ FAMILIES: dict[str, Family] = {
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|albert_layer_groups)\.(\d+)\.")
 _EMBEDDINGS = re.compile(
     r"(?:^|\.)(?:embeddings|embed_\w+|wte|wpe|word_embeddings?\w*|tok_embeddings|shared|mask_emb"
-    r"|project_in|embeddings_project)(?:\.|$)"
+    r"|project_in|embeddings_project|embedding_hidden_mapping_in)(?:\.|$)"
 )
 
 

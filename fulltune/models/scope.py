@@ -26,15 +26,25 @@ Scope = Annotated[str, AfterValidator(_check)]
 
 def freeze(
     model: PreTrainedModel, scope: str, *, layer_of: Mapping[str, int | str], num_layers: int
-) -> None:
+) -> frozenset[str]:
     """Leave only the parameters of ``scope`` with ``requires_grad``.
 
     A head that is tied to the embeddings counts as the head: training it trains both.
 
+    Returns:
+        The names of embeddings that are trained for the head's sake, which they are tied to.
+
     Raises:
-        ConfigError: the model has fewer layers than asked for.
+        ConfigError: the model has fewer layers than asked for, or its layers share their weights.
     """
     count = int(scope.split()[1]) if scope.startswith("last") else 0
+    if count:
+        require_own_weights(
+            layer_of,
+            num_layers,
+            setting=f"scope: {scope}",
+            hint="train them together with `scope: all`, or none of them with `scope: head`",
+        )
     if count > num_layers:
         raise ConfigError(
             f"`scope` is `{scope}`, but the model has {num_layers} layers",
@@ -42,8 +52,29 @@ def freeze(
         )
     output = model.get_output_embeddings()
     head_weight = output.weight if output is not None else None
+    tied_heads = set()
     for name, parameter in model.named_parameters():
         layer = layer_of[name]
         is_head = layer == "head" or parameter is head_weight
         is_last = isinstance(layer, int) and layer >= num_layers - count
         parameter.requires_grad_(scope == "all" or is_head or (count > 0 and is_last))
+        if scope != "all" and is_head and layer == "embeddings":
+            tied_heads.add(name)
+    return frozenset(tied_heads)
+
+
+def require_own_weights(
+    layer_of: Mapping[str, int | str], num_layers: int, *, setting: str, hint: str
+) -> None:
+    """Refuse a setting that tells layers apart where several of them are one, as in ALBERT.
+
+    Raises:
+        ConfigError: there are fewer sets of weights than layers.
+    """
+    own = len({layer for layer in layer_of.values() if isinstance(layer, int)})
+    if own < num_layers:
+        raise ConfigError(
+            f"`{setting}` tells layers apart, but the {num_layers} layers of this model have "
+            f"{own} {'set' if own == 1 else 'sets'} of weights between them",
+            hint=hint,
+        )

@@ -38,8 +38,6 @@ class LossSums:
     """float32 scalar without either, detached."""
     num_correct: Tensor
     """int64 scalar: positions whose target has the largest logit, the first of equals."""
-    token_losses_N: Tensor
-    """float32, the terms of ``cross_entropy_sum``."""
 
 
 class _Settings(NamedTuple):
@@ -100,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_N: Tensor,
         bias_V: Tensor | None,
         settings: _Settings,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         num_positions, vocabulary_size = hidden_NH.shape[0], weight_VH.shape[0]
         wanted = [settings.with_gradients and needed for needed in ctx.needs_input_grad]
         reduced = torch.promote_types(hidden_NH.dtype, torch.float32)
@@ -167,8 +165,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # The terms are added in float64: a step may hold more targets than float32 can count.
         loss_sum = losses_N.sum(dtype=torch.float64).to(reduced)
         cross_entropy_sum = token_losses_N.sum(dtype=torch.float64).to(reduced)
-        ctx.mark_non_differentiable(cross_entropy_sum, num_correct, token_losses_N)
-        return loss_sum, cross_entropy_sum, num_correct, token_losses_N
+        ctx.mark_non_differentiable(cross_entropy_sum, num_correct)
+        return loss_sum, cross_entropy_sum, num_correct
 
     @staticmethod
     @once_differentiable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
@@ -88,6 +88,7 @@ def group_parameters(
     *,
     layer_of: Mapping[str, Layer],
     num_layers: int,
+    tied_heads: Collection[str] = (),
 ) -> list[ParameterGroup]:
     """One group per (learning rate, weight decay, kind).
 
@@ -97,6 +98,8 @@ def group_parameters(
         layer_of: the layer of every parameter; the head counts as above the last layer, the
             embeddings as below the first.
         num_layers: layers of the model.
+        tied_heads: embeddings that are trained as a head only, and so at the rate above the last
+            layer. Like all embeddings they do not decay.
 
     Raises:
         ConfigError: `head_lr` is set and no head is trained.
@@ -105,7 +108,10 @@ def group_parameters(
     groups: dict[tuple[float, float, bool], list[str]] = {}
     for name, master in masters.items():
         layer = layer_of[name]
-        below = depth[layer] if isinstance(layer, str) else num_layers - 1 - layer
+        if name in tied_heads:
+            below = depth["head"]
+        else:
+            below = depth[layer] if isinstance(layer, str) else num_layers - 1 - layer
         lr = config.lr * config.layer_lr_decay ** (below + 1)
         if layer == "head" and config.head_lr is not None:
             lr = config.head_lr
@@ -154,6 +160,9 @@ class Optimizer:
         groups: from `group_parameters`.
         config: the optimizer and its schedule.
         num_steps: updates of the whole run.
+
+    Raises:
+        ConfigError: the warmup is longer than the run.
     """
 
     def __init__(
@@ -170,6 +179,12 @@ class Optimizer:
         warmup = config.warmup
         share = warmup.value / 100 if warmup.unit == "%" else 0
         self.warmup_steps = round(share * num_steps) if share else int(warmup.value)
+        if self.warmup_steps > num_steps:
+            raise ConfigError(
+                f"`optimizer.warmup` is {warmup}, but the run has {num_steps:,} steps, so that the "
+                "learning rate would never come to `optimizer.lr`",
+                hint="warm up for fewer steps or a share such as `3%`, or train longer",
+            )
         tensors = dict(masters.items())
         names = {id(tensor): name for name, tensor in tensors.items()}
         self._names = names

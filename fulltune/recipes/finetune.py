@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -154,6 +154,33 @@ def run(
         FulltuneError: of the kind that says what is wrong; nothing of another run is touched.
     """
     folder = Path(config.run_dir)
+    metric = check_settings(config, start)
+    runtime = start_runtime(config.device)
+    found = on_all_ranks(runtime, lambda: check_run_folder(folder, config, resume=resume))
+    if found is not None and is_finished(folder):
+        return Result(folder, "finished", 0, {}, already_finished=True, is_main=runtime.is_main)
+    with display_of(runtime, display, title=str(folder), metric=metric) as shown:
+        return _run(config, found, metric, runtime, shown, start)
+
+
+@contextmanager
+def display_of(
+    runtime: Runtime, display: Display | None = None, *, title: str, metric: str
+) -> Generator[Any]:
+    """A display on the first rank, by default a new one; the others have nothing to say."""
+    if not runtime.is_main:
+        yield _Silent()
+        return
+    with display or make_display(title=title, metric=metric) as shown:
+        yield shown
+
+
+def check_settings(config: Config, start: Start = FINETUNE) -> str:
+    """Refuse what the settings alone show to be wrong; the metric that decides which step is best.
+
+    Raises:
+        ConfigError: a setting says nothing, or has no effect beside the others.
+    """
     metric = check_metric(
         config.evaluate.metric,
         config.task.kind,
@@ -162,14 +189,7 @@ def run(
     )
     check_sinks(config.tracking)
     _refuse_settings_without_effect(config)
-    runtime = start_runtime(config.device)
-    found = on_all_ranks(runtime, lambda: check_run_folder(folder, config, resume=resume))
-    if found is not None and is_finished(folder):
-        return Result(folder, "finished", 0, {}, already_finished=True, is_main=runtime.is_main)
-    if not runtime.is_main:
-        return _run(config, found, metric, runtime, _Silent(), start)
-    with display or make_display(title=str(folder), metric=metric) as shown:
-        return _run(config, found, metric, runtime, shown, start)
+    return metric
 
 
 def _refuse_settings_without_effect(config: Config) -> None:
@@ -180,6 +200,19 @@ def _refuse_settings_without_effect(config: Config) -> None:
                     f"`evaluate.{name}` has no effect with `task.validation: null`",
                     hint="hold something out, such as `task.validation: 5%`, or leave it out",
                 )
+    # Settings with their defaults are those of every run's `config.yaml`, and 0 asks for nothing.
+    num_samples = config.evaluate.num_samples
+    if config.task.kind != "chat" and num_samples not in (0, EvaluateConfig().num_samples):
+        raise ConfigError(
+            f"`evaluate.num_samples` has no effect with `task.kind: {config.task.kind}`, which "
+            "answers no prompts",
+            hint="leave it out",
+        )
+    if config.scope == "head" and config.optimizer.layer_lr_decay != 1:
+        raise ConfigError(
+            "`optimizer.layer_lr_decay` has no effect with `scope: head`, which trains no layer",
+            hint="leave it out, and set the rate of the head with `optimizer.lr`",
+        )
 
 
 class _Silent:
@@ -203,6 +236,41 @@ def _run(
     start: Start,
 ) -> Result:
     folder = Path(config.run_dir)
+    trainer = assemble(config, found, metric, runtime, display, start)
+    with ExitStack() as held:
+
+        def begin() -> None:
+            held.enter_context(locked(folder))
+            # Once more, now that no other run can begin here.
+            check_run_folder(folder, trainer.config, resume=found is not None)
+            remove_leftovers(folder)
+            create_run_folder(folder, trainer.config)
+
+        on_main_rank(runtime, begin)
+        ending = trainer.train(resume=found is not None, finish=finish)
+        return Result(
+            folder, ending, trainer.progress.step, trainer.last_metrics, is_main=runtime.is_main
+        )
+
+
+def assemble(
+    config: Config,
+    found: Config | None,
+    metric: str,
+    runtime: Runtime,
+    display: Any,
+    start: Start = FINETUNE,
+) -> Trainer:
+    """Everything up to the first step: model, data, memory and optimizer; no run folder yet.
+
+    Args:
+        config: of the run, checked by `check_settings`.
+        found: what the run that is gone on with began with; None for a new one.
+        metric: what decides which step is best.
+        runtime: device and ranks.
+        display: told what is being done.
+        start: how the model is opened and the data is read.
+    """
     source = retention_source(config.evaluate, config.task.kind)
     base_bytes = psutil.Process().memory_info().rss
     # A resumed run computes as it began: another precision would be another run.
@@ -236,21 +304,7 @@ def _run(
             for record in read_records(source, limit=64)
         )
         trainer.retention = encode_retention(texts, reader)
-
-    with ExitStack() as held:
-
-        def begin() -> None:
-            held.enter_context(locked(folder))
-            # Once more, now that no other run can begin here.
-            check_run_folder(folder, config, resume=found is not None)
-            remove_leftovers(folder)
-            create_run_folder(folder, config)
-
-        on_main_rank(runtime, begin)
-        ending = trainer.train(resume=found is not None, finish=finish)
-        return Result(
-            folder, ending, trainer.progress.step, trainer.last_metrics, is_main=runtime.is_main
-        )
+    return trainer
 
 
 def _prepare_on_all_ranks(

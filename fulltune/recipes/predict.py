@@ -1,7 +1,8 @@
 """`fulltune predict MODEL INPUT`: rows in, the same rows with a `prediction` out, as JSON Lines.
 
 Rows stream: memory does not grow with their number, their order is kept, and every batch is on disk
-before the next one begins, so that an interrupted run goes on with ``resume``.
+before the next one begins, so that an interrupted run goes on with ``resume``: with the same model
+and settings only, which a small file beside the output remembers (`origin`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import datetime
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +36,12 @@ from fulltune.inference import (
     load_for_inference,
 )
 from fulltune.objectives.classification import Classification
+from fulltune.recipes.origin import (
+    describe_origin,
+    origin_path,
+    require_same_origin,
+    write_origin,
+)
 from fulltune.runtime import choose_device
 
 FIELD = "prediction"
@@ -77,7 +85,8 @@ def run(
         source: rows in any format that training reads. A conversation that ends with the
             assistant's turn is answered again from before that turn.
         output: a file to be made; None is stdout.
-        resume: go on after the complete lines of ``output``, which must be of the same rows.
+        resume: go on after the complete lines of ``output``, which must be of the same rows,
+            model and settings.
         settings: how answers are generated.
         columns: our field name -> the column's name; None is what the model was trained with.
         too_long: classification: what happens to a text longer than the context. It cannot be
@@ -88,14 +97,29 @@ def run(
 
     Raises:
         DataError: a row cannot be read, or does not fit the model; rows before it are written.
-        RunFolderError: ``output`` exists and ``resume`` is off, is of other rows, or cannot be
-            written.
+        RunFolderError: ``output`` exists and ``resume`` is off, is of other rows, another model or
+            other settings, or cannot be written.
     """
     started = time.monotonic()
     records, layout, loaded = _open(model, source, columns, device, dtype, output, resume)
     num_kept = 0
-    if output is not None and resume and output.exists():
-        num_kept = _keep_complete_lines(output, records)
+    if output is not None:
+        origin = describe_origin(
+            model,
+            loaded,
+            settings,
+            columns=_columns(columns, loaded),
+            too_long=too_long,
+        )
+        if resume and output.exists():
+            num_kept, end = _complete_lines(output, records)
+            if num_kept:
+                require_same_origin(output, origin)
+            os.truncate(output, end)
+        try:
+            write_origin(output, origin)
+        except OSError as error:
+            raise _unwritable(origin_path(output), error) from None
     objective = None
     if loaded.kind == "classification":
         objective = cast(Classification, build_objective(loaded, too_long=too_long))
@@ -141,11 +165,14 @@ def _open(
     records = read_records(source)
     first = list(itertools.islice(records, ROWS_LOOKED_AT))
     loaded = load_for_inference(model, device=choose_device(device), dtype=dtype)
-    mapped = dict(columns or loaded.info.get("columns", {}))
-    mapped.pop("label", None)
-    config = TaskConfig(kind=loaded.kind, train=source, columns=mapped)
+    config = TaskConfig(kind=loaded.kind, train=source, columns=_columns(columns, loaded))
     layout = recognise_format(first, config, needs_label=False)
     return itertools.chain(first, records), layout, loaded
+
+
+def _columns(columns: Mapping[str, str] | None, loaded: Loaded) -> dict[str, str]:
+    given: Mapping[str, str] = columns or loaded.info.get("columns", {})
+    return {ours: theirs for ours, theirs in given.items() if ours != "label"}
 
 
 def _predict(
@@ -268,13 +295,13 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _keep_complete_lines(output: Path, records: Iterator[Record]) -> int:
-    """Compare the lines of ``output`` with the rows, drop a torn last line; the number kept.
+def _complete_lines(output: Path, records: Iterator[Record]) -> tuple[int, int]:
+    """Compare the lines of ``output`` with the rows: how many are complete, and where they end.
 
     ``records`` is moved past the rows that are kept.
     """
     num_kept, end = 0, 0
-    with output.open("r+b") as stream:
+    with output.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.endswith(b"\n"):
                 break  # torn by the interruption
@@ -292,8 +319,7 @@ def _keep_complete_lines(output: Path, records: Iterator[Record]) -> int:
                 )
             num_kept += 1
             end += len(line)
-        stream.truncate(end)
-    return num_kept
+    return num_kept, end
 
 
 def _parse_line(output: Path, number: int, line: bytes) -> dict[str, Any]:

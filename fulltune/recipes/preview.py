@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from fulltune.data.joined import JoinedDataset
+from fulltune.data.loader import Loader
+from fulltune.data.padding import measure_padding
 from fulltune.data.preview import to_json
-from fulltune.data.preview_view import SampleView, render_html, render_terminal, view_tokens
+from fulltune.data.preview_view import (
+    SampleView,
+    TokenView,
+    render_html,
+    render_terminal,
+    view_tokens,
+)
 from fulltune.errors import ConfigError
+from fulltune.memory.plan import MICRO_BATCH_TOKENS
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification
 from fulltune.recipes.finetune import Config
@@ -23,6 +33,7 @@ from fulltune.recipes.prepare import (
     open_base,
     prepare,
 )
+from fulltune.runtime import choose_device
 from fulltune.tracking import make_display
 from fulltune.train.run_folder import write_atomically
 
@@ -65,20 +76,52 @@ def run(
         )
         for note in prepared.notes:
             display.stage(note)
-        samples = make_samples(prepared, config, num_samples)
+        facts, widths = prepared.facts, dict[int, int]()
+        if not prepared.objective.packing and len(prepared.train):
+            padding, widths = measure_padding(
+                make_loader(prepared, config), prepared.dataset.lengths
+            )
+            facts = facts.model_copy(update={"padding": padding})
+            display.stage(
+                f"padding counted in forward passes of {padding.micro_batch_tokens:,} tokens, "
+                "which a run with less memory makes smaller"
+            )
+        samples = make_samples(prepared, config, num_samples, widths=widths)
     if as_json:
-        sys.stdout.write(to_json(prepared.facts, prepared.findings) + "\n")
+        sys.stdout.write(to_json(facts, prepared.findings) + "\n")
     else:
-        render_terminal(prepared.facts, prepared.findings, samples, console or Console())
+        render_terminal(facts, prepared.findings, samples, console or Console())
     if html is not None:
         title = f"What {config.run_dir} trains on"
-        write_atomically(html, render_html(prepared.facts, prepared.findings, samples, title=title))
+        write_atomically(html, render_html(facts, prepared.findings, samples, title=title))
         display.notice(f"written to {html}")
     return all(finding.level != "error" for finding in prepared.findings)
 
 
-def make_samples(prepared: Prepared, config: Config, num_samples: int) -> list[SampleView]:
-    """Some training examples with what truncation would remove: the first rows and the longest."""
+def make_loader(prepared: Prepared, config: Config) -> Loader:
+    """The steps of the run on one rank, its forward passes as large as memory ever makes them."""
+    return Loader(
+        prepared.dataset.lengths,
+        prepared.train,
+        batch=config.batch,
+        micro_batch_tokens=MICRO_BATCH_TOKENS[choose_device(config.device).type][0],
+        seed=config.seed,
+        packing=prepared.objective.packing,
+    )
+
+
+def make_samples(
+    prepared: Prepared, config: Config, num_samples: int, *, widths: Mapping[int, int]
+) -> list[SampleView]:
+    """Some training examples with what truncation would remove: the first rows and the longest.
+
+    Args:
+        prepared: the data.
+        config: the settings of the run.
+        num_samples: how many.
+        widths: tokens of an example's row in its forward pass, padding included; for a model that
+            packs, nothing.
+    """
     assert isinstance(prepared.dataset, JoinedDataset)
     assert isinstance(prepared.objective, CausalLM | Classification)
     chosen = prepared.train[: max(num_samples - 1, 1)].tolist() if num_samples else []
@@ -86,6 +129,7 @@ def make_samples(prepared: Prepared, config: Config, num_samples: int) -> list[S
         removed = prepared.dataset.num_removed[prepared.train]
         longest = prepared.dataset.lengths[prepared.train] + removed
         chosen.append(int(prepared.train[longest.argmax()]))
+    places = {prepared.dataset.where(index): index for index in reversed(chosen)}
     wheres = [prepared.dataset.where(index) for index in dict.fromkeys(chosen)]
     examples = find_examples(config.task, wheres, include_validation=False)
     objective = prepared.objective
@@ -108,5 +152,8 @@ def make_samples(prepared: Prepared, config: Config, num_samples: int) -> list[S
         tokens = view_tokens(
             decode, input_ids, targets[shown] if targets else [0] * len(input_ids), kept
         )
+        missing = widths.get(places[where], kept) - kept
+        padding = TokenView(str(objective.tokenizer.pad_token), "padding")
+        tokens += [padding] * missing
         views.append(SampleView(where, encoded["label"] or None, tokens))
     return views

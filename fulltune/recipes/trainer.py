@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from fulltune.config import Quantity
 from fulltune.data.loader import Loader, StepPlan, num_steps, prefetch
 from fulltune.errors import CheckpointError, ConfigError
 from fulltune.evaluate.evaluator import (
@@ -26,7 +25,7 @@ from fulltune.memory.plan import MemoryPlan, plan_memory
 from fulltune.models.families import layer_of, num_layers
 from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import load_model
-from fulltune.models.scope import freeze
+from fulltune.models.scope import freeze, require_own_weights
 from fulltune.objectives.causal_lm import CausalLM, require_plain_head
 from fulltune.objectives.noise import noise_seed
 from fulltune.optim.master_weights import MasterWeights
@@ -51,7 +50,7 @@ from fulltune.train.checkpoint import (
 )
 from fulltune.train.health import NonFiniteError, SpikeDetector, nonfinite_rows
 from fulltune.train.interruption import agreed, caught_signals
-from fulltune.train.loop import Ending, Every, Progress, fit
+from fulltune.train.loop import Ending, Progress, every, fit
 from fulltune.train.ranks import from_all_ranks, from_main_rank, on_all_ranks, on_main_rank
 from fulltune.train.run_folder import (
     CHECKPOINTS,
@@ -94,7 +93,11 @@ class Trainer:
         layers = layer_of_parameters(self.model)
         self.layers = layers
         depth = num_layers(self.model.config)
-        freeze(self.model, config.scope, layer_of=layers, num_layers=depth)
+        tied_heads = freeze(self.model, config.scope, layer_of=layers, num_layers=depth)
+        if config.optimizer.layer_lr_decay != 1:
+            require_own_weights(
+                layers, depth, setting="optimizer.layer_lr_decay", hint="leave it out"
+            )
         self.masters = MasterWeights(self.model, precision.dtype)
         self.kernels = install_fast_kernels(self.model)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
@@ -119,7 +122,13 @@ class Trainer:
         self.num_steps = num_steps(config.duration, self.loader)
         self.optimizer = Optimizer(
             self.masters,
-            group_parameters(self.masters, config.optimizer, layer_of=layers, num_layers=depth),
+            group_parameters(
+                self.masters,
+                config.optimizer,
+                layer_of=layers,
+                num_layers=depth,
+                tied_heads=tied_heads,
+            ),
             config.optimizer,
             num_steps=self.num_steps,
         )
@@ -181,7 +190,6 @@ class Trainer:
         """Train to the end, or until interrupted; ``finish`` runs on the first rank at the end."""
         resumed_step = self._restore() if resume else None
         self.display.num_steps = self.num_steps
-        steps_per_epoch = self.loader.steps_per_epoch()
         with (
             Tracker(
                 self.folder,
@@ -207,9 +215,9 @@ class Trainer:
                     self._batches(),
                     num_steps=self.num_steps,
                     evaluate=self._evaluate,
-                    evaluate_every=_every(self.config.evaluate.every, steps_per_epoch),
+                    evaluate_every=every(self.config.evaluate.every, self.loader.epochs_after),
                     save=lambda step: on_main_rank(self.runtime, lambda: self._save(step)),
-                    save_every=_every(self.config.save_every, steps_per_epoch),
+                    save_every=every(self.config.save_every, self.loader.epochs_after),
                     interrupted=lambda: agreed(interruption, self.runtime),
                 )
             if ending == "interrupted":
@@ -221,8 +229,15 @@ class Trainer:
                     "go on with `--resume`"
                 )
             else:
+                interruption.answer_from_now_on(self._say_that_it_finishes)
                 on_main_rank(self.runtime, lambda: finish(self, ending))
         return ending
+
+    def _say_that_it_finishes(self, signal_name: str) -> None:
+        self.display.notice(
+            f"{signal_name}: training is over and its state saved; finishing the model and the "
+            "report. A second signal stops that, and `--resume` goes on with it"
+        )
 
     def _say_what_starts(self, resumed_step: int | None) -> None:
         self.tracker.write(
@@ -563,9 +578,3 @@ def _flops_per_step(model: PreTrainedModel, layers: dict[str, Any]) -> Flops:
 def layer_of_parameters(model: PreTrainedModel) -> dict[str, Any]:
     """The layer of every parameter by name."""
     return {name: layer_of(name, model) for name, _ in model.named_parameters()}
-
-
-def _every(period: Quantity, steps_per_epoch: int) -> Every:
-    if period.unit == "steps":
-        return Every(max(1, round(period.value)))
-    return Every(max(1, round(period.value * steps_per_epoch)))

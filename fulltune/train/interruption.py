@@ -1,11 +1,16 @@
-"""Ctrl-C and SIGTERM end a run after the current step, with its state saved."""
+"""Ctrl-C and SIGTERM end a run after the current step, with its state saved.
+
+Once the last step is taken there is nothing left to save: the first signal is then answered by what
+is still being done, and a second one stops that.
+"""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator
+import threading
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -20,6 +25,20 @@ class Interruption:
     """Whether, and by which signal, the run was asked to stop."""
 
     signal_name: str | None = None
+    _answer: Callable[[str], None] | None = field(default=None, repr=False)
+
+    def answer_from_now_on(self, answer: Callable[[str], None]) -> None:
+        """Have a signal answered at once, by its name; one that has come already, now."""
+        self._answer = answer
+        if self.signal_name is not None:
+            answer(self.signal_name)
+
+    def request(self, signal_name: str) -> None:
+        """Take note of the first signal."""
+        self.signal_name = signal_name
+        if self._answer is not None:
+            # Not in the handler: what it interrupts may be in the middle of writing a line.
+            threading.Thread(target=self._answer, args=(signal_name,), daemon=True).start()
 
 
 @contextmanager
@@ -29,9 +48,9 @@ def caught_signals() -> Generator[Interruption]:
     previous: dict[signal.Signals, Any] = {}
 
     def request(number: int, frame: FrameType | None) -> None:
-        interruption.signal_name = signal.Signals(number).name
         for name, handler in previous.items():
             signal.signal(name, handler)
+        interruption.request(signal.Signals(number).name)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, request)

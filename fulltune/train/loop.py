@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, Protocol, TypeAlias, TypeVar
+
+from fulltune.config import Quantity
 
 T = TypeVar("T")
 Ending: TypeAlias = Literal["finished", "interrupted", "stopped early"]
+
+
+class Due(Protocol):
+    """When something is done."""
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Whether it is time after ``step`` finished updates."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,30 @@ class Every:
     def due(self, step: int, *, last: bool) -> bool:
         """Whether it is time after ``step`` finished updates."""
         return last or (self.steps > 0 and step % self.steps == 0)
+
+
+@dataclass(frozen=True)
+class EveryEpochs:
+    """A period in epochs, whose steps may differ in number where a batch is counted in tokens."""
+
+    epochs: float
+    epochs_after: Callable[[int], float]
+    """Epochs that are done after a number of steps."""
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Whether ``step`` is the one that reached another multiple of the period."""
+        return last or self._periods(step) > self._periods(step - 1)
+
+    def _periods(self, step: int) -> int:
+        # A third of three steps is reached by the first, although 1/3 in binary is a little less.
+        return math.floor(round(self.epochs_after(step) / self.epochs, 6))
+
+
+def every(period: Quantity, epochs_after: Callable[[int], float]) -> Due:
+    """The period of a setting, `100 steps` or `1 epoch`."""
+    if period.unit == "steps":
+        return Every(max(1, round(period.value)))
+    return EveryEpochs(period.value, epochs_after)
 
 
 @dataclass
@@ -35,9 +69,9 @@ def fit(
     *,
     num_steps: int,
     evaluate: Callable[[int], bool],
-    evaluate_every: Every,
+    evaluate_every: Due,
     save: Callable[[int], None],
-    save_every: Every,
+    save_every: Due,
     interrupted: Callable[[], bool],
 ) -> Ending:
     """Take optimizer steps until ``progress.step`` is ``num_steps``.

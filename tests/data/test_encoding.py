@@ -106,7 +106,7 @@ def test_rows_come_back_as_they_were_encoded(tmp_path: Path) -> None:
         for example in Bytes()(ClassificationExample(text, None, str(line - 1), f"{path}:{line}"))
     ]
     assert content(dataset) == expected
-    assert dataset.rows(np.array([3, 0])) == [expected[3], expected[0]]
+    assert [dataset[index] for index in (3, 0)] == [expected[3], expected[0]]
     assert dataset[-1] == expected[-1]
     assert dataset.where(2) == f"{path}:3"
     assert dataset.num_records == 5

@@ -39,7 +39,7 @@ def make_config(
         "batch": "8 examples",
         "precision": "fp32",
         "optimizer": {"lr": 1e-3},
-        "evaluate": {"every": "3 steps", "num_samples": 1},
+        "evaluate": {"every": "3 steps", "num_samples": 1 if kind == "chat" else 0},
         "save_every": "2 steps",
         "num_workers": 0,
         "run_dir": str(run_dir),
@@ -335,8 +335,17 @@ def test_retention_is_measured_on_a_text_of_its_own(
         ({"device": "cuda:7"}, "that GPU is not there"),
         ({"evaluate": {"metric": "acuracy"}}, "acuracy"),
         ({"task.validation": None, "evaluate": {"stop_after": 2}}, "`evaluate.stop_after` has no"),
-        ({"task.kind": "text", "task.too_long": "drop"}, "`task.too_long` has no effect"),
+        (
+            {"task.kind": "text", "task.too_long": "drop", "evaluate": {"num_samples": 0}},
+            "`task.too_long` has no effect",
+        ),
         ({"optimizer": {"schedule": "constant", "final_lr": 0.1}}, "`optimizer.final_lr` has no"),
+        ({"task.kind": "text", "evaluate": {"num_samples": 5}}, "`evaluate.num_samples` has no"),
+        (
+            {"scope": "head", "optimizer": {"layer_lr_decay": 0.9}},
+            "`optimizer.layer_lr_decay` has no effect with `scope: head`",
+        ),
+        ({"optimizer": {"warmup": "7 steps"}}, "`optimizer.warmup` is 7 steps, .* has 6 steps"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_written(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import BertForSequenceClassification
 from fulltune.errors import DataError, RunFolderError
 from fulltune.inference import GenerationSettings
 from fulltune.recipes import predict
+from fulltune.recipes.origin import origin_path
 
 SHORT = GenerationSettings(max_new_tokens=4)
 
@@ -76,10 +78,17 @@ def test_conversations_are_answered_before_their_last_answer(
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_llama: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def written(tiny_llama: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "out.jsonl"
     predict.run(str(tiny_llama), str(chat_file), output=output, settings=SHORT)
-    return output.read_bytes()
+    return output
+
+
+@pytest.fixture
+def whole(written: Path, tmp_path: Path) -> bytes:
+    """A whole output; what it was made with lies where a test puts its own part of it."""
+    shutil.copy(origin_path(written), origin_path(tmp_path / "out.jsonl"))
+    return written.read_bytes()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.013, 0.4, 0.83, 0.9999, 1.0])
@@ -125,7 +134,7 @@ def test_resume_refuses_the_predictions_of_other_rows(
     output.write_bytes(whole)
     source.write_text("".join([*lines[:2], *lines[3:]]), encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"out.jsonl:3: is not the prediction of .*in.jsonl:3"):
-        predict.run(str(tiny_llama), str(source), output=output, resume=True)
+        predict.run(str(tiny_llama), str(source), output=output, resume=True, settings=SHORT)
     source.write_text("".join(lines[:5]), encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"out.jsonl:6: the input has only 5 rows"):
         predict.run(str(tiny_llama), str(source), output=output, resume=True)
@@ -169,3 +178,55 @@ def test_without_an_output_the_rows_go_to_stdout(
     predict.run(classifier, str(source))
     [line] = capfdbinary.readouterr().out.splitlines()
     assert json.loads(line)["text"] == "你好"
+
+
+def test_resume_refuses_the_rows_of_another_model(
+    whole: bytes, tiny_llama: Path, tiny_gpt2: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(whole[:-10])
+    with pytest.raises(RunFolderError, match=r"were written by `.*llama.*`, and `.*gpt2") as caught:
+        predict.run(str(tiny_gpt2), str(chat_file), output=output, resume=True, settings=SHORT)
+    assert "--output" in str(caught.value.hint)
+    assert output.read_bytes() == whole[:-10]  # not even the torn line is touched
+    same = shutil.copytree(tiny_llama, tmp_path / "same model, other name")
+    predict.run(str(same), str(chat_file), output=output, resume=True, settings=SHORT)
+    assert output.read_bytes() == whole
+
+
+def test_resume_refuses_the_rows_of_a_model_that_was_trained_on_since(
+    classifier: str, classification_file: Path, tmp_path: Path
+) -> None:
+    model, output = tmp_path / "model", tmp_path / "out.jsonl"
+    shutil.copytree(classifier, model)
+    predict.run(str(model), str(classification_file), output=output)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(RunFolderError, match="before its files changed"):
+        predict.run(str(model), str(classification_file), output=output, resume=True)
+
+
+def test_resume_refuses_rows_of_other_settings_and_names_them(
+    whole: bytes, tiny_llama: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(whole[: len(whole) // 2])
+    warm = GenerationSettings(max_new_tokens=4, temperature=0.7)
+    message = r"other settings: `temperature` was 0\.0 and is now 0\.7$"
+    with pytest.raises(RunFolderError, match=message):
+        predict.run(str(tiny_llama), str(chat_file), output=output, resume=True, settings=warm)
+    assert output.read_bytes() == whole[: len(whole) // 2]
+
+
+def test_resume_refuses_rows_of_which_nothing_says_what_wrote_them(
+    whole: bytes, tiny_llama: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(whole)
+    origin_path(output).unlink()
+    with pytest.raises(RunFolderError, match=r"out\.jsonl\.origin\.json`, which says"):
+        predict.run(str(tiny_llama), str(chat_file), output=output, resume=True, settings=SHORT)
+    origin_path(output).write_text("{", encoding="utf-8")
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        predict.run(str(tiny_llama), str(chat_file), output=output, resume=True, settings=SHORT)
