@@ -200,7 +200,8 @@ def _gpt2(call: Call) -> tuple[Tensor, Tensor]:
         scale /= call.index + 1
     scores_NQK = query @ key.transpose(-1, -2) * scale
     weights_NQK = _softmax_of(scores_NQK, call.arguments["attention_mask"])
-    return weights_NQK, _joined(weights_NQK @ value) @ module.c_proj.weight + module.c_proj.bias
+    output: Tensor = _joined(weights_NQK @ value) @ module.c_proj.weight + module.c_proj.bias
+    return weights_NQK, output
 
 
 def _rotate(vectors_NQA: Tensor, cos_QA: Tensor, sin_QA: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fulltune.data.token_labels import label_tokens
-from fulltune.errors import ConfigError, DataError, RunFolderError
+from fulltune.errors import ConfigError, DataError, FulltuneError, RunFolderError
 from fulltune.models.attention_equation import equation_of, trace_attention
-from fulltune.models.families import num_layers
+from fulltune.models.families import family_of, num_layers
 from fulltune.models.loading import (
     context_length,
     load_body,
@@ -64,7 +66,9 @@ def run(
         require_picture(len(chosen_layers) * len(chosen_heads))
 
     tokenizer = load_tokenizer(folder)
-    inputs = tokenizer(text, return_tensors="pt")
+    inputs = dict(tokenizer(text, return_tensors="pt"))
+    if family_of(config).can_generate:
+        inputs.pop("token_type_ids", None)  # decoders are trained without segments
     input_ids = [int(token) for token in inputs["input_ids"][0]]
     limit = min(context_length(config), MAX_TOKENS)
     if not 0 < len(input_ids) <= limit:
@@ -72,7 +76,7 @@ def run(
             f"the text has {len(input_ids):,} tokens; the model reads 1 to {limit:,} here",
             hint="shorten the text",
         )
-    traced = trace_attention(load_body(folder, attention="eager"), dict(inputs), chosen_layers)
+    traced = trace_attention(load_body(folder, attention="eager"), inputs, chosen_layers)
     labels = label_tokens(
         lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
         input_ids,
@@ -81,19 +85,25 @@ def run(
     report = AttentionReport(
         model, equation.name, equation.formula, labels, traced, tuple(chosen_heads)
     )
-    try:
-        if html is not None:
+    if html is not None:
+        with _writing(html):
             write_atomically(html, render_attention_page(report))
-        if png is not None:
+    if png is not None:
+        with _writing(png):
             write_attention_picture(report, png)
-    except RunFolderError:
-        raise
-    except FileNotFoundError as error:
-        raise RunFolderError(
-            f"`{error.filename}` cannot be written: its folder does not exist",
-            hint="make the folder, or name another place",
-        ) from error
     return report
+
+
+@contextmanager
+def _writing(path: Path) -> Generator[None]:
+    try:
+        yield
+    except FulltuneError:
+        raise
+    except OSError as error:
+        raise RunFolderError(
+            f"`{path}` cannot be written: {error.strerror or error}", hint="name another place"
+        ) from error
 
 
 def parse_numbers(text: str, count: int, what: str) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 from fulltune.errors import AssetError, ConfigError, MissingExtraError
@@ -58,9 +57,8 @@ def write_attention_picture(report: AttentionReport, output: Path) -> None:
     size = max(1.8, INCHES_PER_TOKEN * len(labels))
     width, height = size * num_columns + 2.4, size * num_rows + 2.4
     # `$` would begin a formula, and a font without a character would draw a box.
-    settings = {"font.family": fonts_for("".join(labels)), "text.parse_math": False}
-    with rc_context(settings), warnings.catch_warnings():
-        warnings.simplefilter("error")
+    families = fonts_for("".join(labels))
+    with rc_context({"font.family": families, "text.parse_math": False}):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(num_rows, num_columns, squeeze=False)
@@ -91,7 +89,7 @@ def fonts_for(text: str) -> list[str]:
     own = font_manager.findfont("DejaVu Sans")  # comes with matplotlib
     # Searched on the disk each time: the list that matplotlib keeps lacks fonts installed later.
     paths = [own, *sorted(font_manager.findSystemFonts())]
-    missing = {ord(character) for character in text if character.isprintable()}
+    missing = {ord(character) for character in text if character != " "}
     names: list[str] = []
     for path in paths:
         try:
