@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 
 import typer
 
-from fulltune.cli import train, use, listing  # isort: skip  (in the order of `--help`)
+from fulltune.cli import train, use, attention, listing  # isort: skip  (in the order of `--help`)
 from fulltune.cli.app import app
 from fulltune.errors import FulltuneError
 
-__all__ = ["listing", "main", "train", "use"]
+__all__ = ["attention", "listing", "main", "train", "use"]
 
 # Newer versions of typer carry a click of their own; this is the base of its errors in either.
 CommandLineError: type[Exception] = next(
@@ -26,7 +26,15 @@ SECONDS_FOR_THE_FIRST_RANK = 10
 def main() -> NoReturn:
     """Run a verb. A user's mistake is printed without a traceback; a bug keeps its own."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    for noisy in ("httpx", "huggingface_hub", "transformers", "datasets", "filelock", "urllib3"):
+    for noisy in (
+        "httpx",
+        "huggingface_hub",
+        "transformers",
+        "datasets",
+        "filelock",
+        "urllib3",
+        "matplotlib",
+    ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     code: int | None = 0
     try:

@@ -23,11 +23,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -229,6 +231,41 @@ def load_model(
     _initialize(model, fresh, seed)
     _check_generation_config(model, path)
     return model
+
+
+def load_body(path: Path, *, attention: str) -> PreTrainedModel:
+    """Load the layers of a checked folder without a head, in float32; of T5, the encoder.
+
+    Args:
+        path: folder in plain Hugging Face layout.
+        attention: transformers' attention implementation.
+
+    Raises:
+        ModelError: weights are missing, or the model does not fit its tokenizer.
+    """
+    config = load_model_config(path)
+    _check_vocabulary(config, load_tokenizer(path), path)
+    auto: Any = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+    try:
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            loaded, report = auto.from_pretrained(
+                path,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"`{path}` cannot be loaded: {_first_line(error)}",
+            hint="do config.json and the weights belong together?",
+        ) from error
+    body: PreTrainedModel = loaded
+    # A pooler counts as a head, and folders of language models do not hold one.
+    _check_missing(report["missing_keys"], body, path, new_head=True)
+    return body
 
 
 def context_length(config: PretrainedConfig) -> int:
