@@ -27,7 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, cast
+from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,10 @@ class EncodedExample(TypedDict):
     example_hash:       signed 64-bit hash of input and target together; equal for exact duplicates.
     num_bytes:          UTF-8 bytes of the trained text (bits per byte), 0 for classification.
     where:              file and line of the record, ``train.jsonl:17``.
+    noise_seed:         seed of what is random about the example in this epoch; set in training by
+                        whoever takes it from the data, absent in evaluation.
+    boundaries:         as long as ``input_ids``, absent where no objective asks for it: the sum of
+                        `WORD_START` and `SENTENCE_START` where a token begins one.
     """
 
     input_ids: list[int]
@@ -65,10 +69,16 @@ class EncodedExample(TypedDict):
     example_hash: int
     num_bytes: int
     where: str
+    noise_seed: NotRequired[int]
+    boundaries: NotRequired[list[int]]
+
+
+WORD_START = 1
+SENTENCE_START = 2
 
 
 # Changes whenever the columns below, or what is written in them, change.
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 # One unit of work, of the cache and of recovery after a crash. Its bounds do not depend on the
 # number of workers, so neither do the rows nor the files.
@@ -86,6 +96,7 @@ _SCHEMA = pa.schema(
         "input_ids": pa.list_(pa.int32()),
         "targets": pa.list_(pa.uint8()),
         "token_type_ids": pa.list_(pa.uint8()),
+        "boundaries": pa.list_(pa.uint8()),
         "num_targets": pa.int32(),
         "num_removed": pa.int32(),
         "num_removed_targets": pa.int32(),
@@ -354,6 +365,7 @@ class _Builder:
             "input_ids": array("i"),
             "targets": array("B"),
             "token_type_ids": array("B"),
+            "boundaries": array("B"),
         }
         self._offsets = {name: array("i", [0]) for name in self._values}
         self._texts: dict[str, list[str]] = {"label": [], "where": []}
@@ -365,7 +377,13 @@ class _Builder:
             f"{example['where']}: targets of another length"
         )
         assert len(example["token_type_ids"]) in (0, num_tokens), example["where"]
-        row: dict[str, Any] = {**example, "num_targets": sum(example["targets"])}
+        boundaries = example.get("boundaries", [])
+        assert len(boundaries) in (0, num_tokens), example["where"]
+        row: dict[str, Any] = {
+            **example,
+            "boundaries": boundaries,
+            "num_targets": sum(example["targets"]),
+        }
         for name, numbers in self._numbers.items():
             numbers.append(row[name])
         for name, values in self._values.items():
@@ -553,7 +571,7 @@ class _Shard:
         self.table = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         self._lists = {
             name: (self.table[name].values.to_numpy(), self.table[name].offsets.to_numpy())
-            for name in ("input_ids", "targets", "token_type_ids")
+            for name in ("input_ids", "targets", "token_type_ids", "boundaries")
         }
 
     def example(self, row: int) -> EncodedExample:
@@ -563,9 +581,11 @@ class _Shard:
         }
         others = {
             name: self.table[name][row].as_py()
-            for name in EncodedExample.__annotations__
-            if name not in lists
+            for name in _SCHEMA.names
+            if name in EncodedExample.__annotations__ and name not in lists
         }
+        if not lists["boundaries"]:
+            del lists["boundaries"]
         return cast(EncodedExample, {**lists, **others})
 
 
