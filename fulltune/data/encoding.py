@@ -55,6 +55,8 @@ class EncodedExample(TypedDict):
     where:              file and line of the record, ``train.jsonl:17``.
     noise_seed:         seed of what is random about the example in this epoch; set in training by
                         whoever takes it from the data, absent in evaluation.
+    boundaries:         as long as ``input_ids``, absent where no objective asks for it: the sum of
+                        `WORD_START` and `SENTENCE_START` where a token begins one.
     """
 
     input_ids: list[int]
@@ -68,10 +70,15 @@ class EncodedExample(TypedDict):
     num_bytes: int
     where: str
     noise_seed: NotRequired[int]
+    boundaries: NotRequired[list[int]]
+
+
+WORD_START = 1
+SENTENCE_START = 2
 
 
 # Changes whenever the columns below, or what is written in them, change.
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 # One unit of work, of the cache and of recovery after a crash. Its bounds do not depend on the
 # number of workers, so neither do the rows nor the files.
@@ -89,6 +96,7 @@ _SCHEMA = pa.schema(
         "input_ids": pa.list_(pa.int32()),
         "targets": pa.list_(pa.uint8()),
         "token_type_ids": pa.list_(pa.uint8()),
+        "boundaries": pa.list_(pa.uint8()),
         "num_targets": pa.int32(),
         "num_removed": pa.int32(),
         "num_removed_targets": pa.int32(),
@@ -358,6 +366,7 @@ class _Builder:
             "input_ids": array("i"),
             "targets": array("B"),
             "token_type_ids": array("B"),
+            "boundaries": array("B"),
         }
         self._offsets = {name: array("i", [0]) for name in self._values}
         self._texts: dict[str, list[str]] = {"label": [], "where": []}
@@ -369,7 +378,13 @@ class _Builder:
             f"{example['where']}: targets of another length"
         )
         assert len(example["token_type_ids"]) in (0, num_tokens), example["where"]
-        row: dict[str, Any] = {**example, "num_targets": sum(example["targets"])}
+        boundaries = example.get("boundaries", [])
+        assert len(boundaries) in (0, num_tokens), example["where"]
+        row: dict[str, Any] = {
+            **example,
+            "boundaries": boundaries,
+            "num_targets": sum(example["targets"]),
+        }
         for name, numbers in self._numbers.items():
             numbers.append(row[name])
         for name, values in self._values.items():
@@ -557,7 +572,7 @@ class _Shard:
         self.table = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         self._lists = {
             name: (self.table[name].values.to_numpy(), self.table[name].offsets.to_numpy())
-            for name in ("input_ids", "targets", "token_type_ids")
+            for name in ("input_ids", "targets", "token_type_ids", "boundaries")
         }
 
     def example(self, row: int, tokens: slice = slice(None)) -> EncodedExample:
@@ -567,9 +582,11 @@ class _Shard:
         }
         others = {
             name: self.table[name][row].as_py()
-            for name in EncodedExample.__annotations__
-            if name not in lists and name in self.table.schema.names
+            for name in _SCHEMA.names
+            if name in EncodedExample.__annotations__ and name not in lists
         }
+        if not lists["boundaries"]:
+            del lists["boundaries"]
         return cast(EncodedExample, {**lists, **others})
 
 

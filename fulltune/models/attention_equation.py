@@ -182,7 +182,8 @@ def _softmax_of(scores_NQK: Tensor, mask: Tensor | None) -> Tensor:
 
 def _heads(hidden_BQH: Tensor, head_size: int) -> Tensor:
     """[1, Q, N * A] -> [N, Q, A]."""
-    return hidden_BQH[0].unflatten(-1, (-1, head_size)).transpose(0, 1)
+    heads_NQA: Tensor = hidden_BQH[0].unflatten(-1, (-1, head_size)).transpose(0, 1)
+    return heads_NQA
 
 
 def _joined(values_NQA: Tensor) -> Tensor:

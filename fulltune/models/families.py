@@ -3,7 +3,8 @@
 A model belongs to a family by its `config.model_type`. Nothing else in the package asks which
 family a model is of; it reads one of the values here.
 
-Shape suffixes: D documents, H hidden size, C classes.
+Shape suffixes: D documents, N masked positions, H hidden size, E size of the output embedding,
+C classes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -39,6 +41,10 @@ class Family:
     """Whether it is a causal language model."""
     classify: Callable[[Any, Tensor], Any]
     """Applies the classification head to one vector per document, [D, H] -> [D, C]."""
+    predict_masked: Callable[[Any, Tensor], Any] | None = None
+    """What the masked-LM head does before the output embedding, [N, H] -> [N, E]; None without."""
+    relate_sentences: Callable[[Any, Tensor], Any] | None = None
+    """Applies the sentence-pair head to the first token of each pair, [D, H] -> [D, 2]; or None."""
     positions_after_padding: bool = False
     """Whether positions start at the padding id + 1, which shortens the context by as much."""
     config_values: Mapping[str, object] = field(default_factory=dict)
@@ -77,6 +83,41 @@ def _modernbert(model: Any, hidden_DH: Tensor) -> Any:
     return model.classifier(model.drop(model.head(hidden_DH)))
 
 
+def _bert_masked(model: Any, hidden_NH: Tensor) -> Any:
+    return model.cls.predictions.transform(hidden_NH)
+
+
+def _albert_masked(model: Any, hidden_NH: Tensor) -> Any:
+    head = model.predictions
+    return head.LayerNorm(head.activation(head.dense(hidden_NH)))
+
+
+def _distilbert_masked(model: Any, hidden_NH: Tensor) -> Any:
+    return model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_NH)))
+
+
+def _electra_masked(model: Any, hidden_NH: Tensor) -> Any:
+    return model.generator_predictions(hidden_NH)
+
+
+def _modernbert_masked(model: Any, hidden_NH: Tensor) -> Any:
+    return model.head(hidden_NH)
+
+
+def _roberta_masked(model: Any, hidden_NH: Tensor) -> Any:
+    head = model.lm_head
+    return head.layer_norm(F.gelu(head.dense(hidden_NH)))
+
+
+def _bert_sentences(model: Any, hidden_DH: Tensor) -> Any:
+    return model.cls.seq_relationship(model.base_model.pooler(hidden_DH[:, None]))
+
+
+def _albert_sentences(model: Any, hidden_DH: Tensor) -> Any:
+    body = model.base_model
+    return model.sop_classifier(body.pooler_activation(body.pooler(hidden_DH)))
+
+
 def _xlnet(model: Any, hidden_DH: Tensor) -> Any:
     return model.logits_proj(model.sequence_summary(hidden_DH[:, None]))
 
@@ -109,12 +150,20 @@ BERT = Family(
     ),
     can_generate=False,
     classify=_pooler_then_linear,
+    predict_masked=_bert_masked,
+    relate_sentences=_bert_sentences,
 )
 BERT_PACKED = replace(BERT, can_pack=True)
 # RoBERTa counts positions from the padding id + 1 and only where the ids are not padding; it is
 # left to count them itself.
-ROBERTA = replace(BERT, classify=_head_module, positions_after_padding=True)
-DEBERTA = replace(BERT, classify=_deberta)
+ROBERTA = replace(
+    BERT,
+    classify=_head_module,
+    predict_masked=_roberta_masked,
+    relate_sentences=None,
+    positions_after_padding=True,
+)
+DEBERTA = replace(BERT, classify=_deberta, relate_sentences=None)
 
 XLNET = Family(
     name="xlnet",
@@ -149,11 +198,30 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(PACKING_DECODERS, GPT_PACKED),
     "bert": BERT_PACKED,
     "ernie": BERT_PACKED,
-    "albert": replace(BERT_PACKED, classify=_albert),
-    "distilbert": replace(BERT_PACKED, classify=_distilbert),
-    "electra": replace(BERT_PACKED, classify=_head_module),
+    "albert": replace(
+        BERT_PACKED,
+        classify=_albert,
+        predict_masked=_albert_masked,
+        relate_sentences=_albert_sentences,
+    ),
+    "distilbert": replace(
+        BERT_PACKED,
+        classify=_distilbert,
+        predict_masked=_distilbert_masked,
+        relate_sentences=None,
+    ),
+    "electra": replace(
+        BERT_PACKED,
+        classify=_head_module,
+        predict_masked=_electra_masked,
+        relate_sentences=None,
+    ),
     "modernbert": replace(
-        BERT_PACKED, classify=_modernbert, config_values={"classifier_pooling": "cls"}
+        BERT_PACKED,
+        classify=_modernbert,
+        predict_masked=_modernbert_masked,
+        relate_sentences=None,
+        config_values={"classifier_pooling": "cls"},
     ),
     "megatron-bert": BERT,
     "roberta": ROBERTA,
@@ -227,3 +295,56 @@ def classification_logits(model: PreTrainedModel, hidden_DH: Tensor) -> Tensor:
     """
     logits_DC: Tensor = family_of(model.config).classify(model, hidden_DH)
     return logits_DC
+
+
+def masked_hidden_states(model: PreTrainedModel, hidden_NH: Tensor) -> Tensor:
+    """What a masked-LM head makes of last hidden states, before the output embedding.
+
+    Args:
+        model: an `AutoModelForMaskedLM` or `AutoModelForPreTraining`.
+        hidden_NH: the body's last hidden states at the positions to predict.
+
+    Returns:
+        [N, E], of which ``model.get_output_embeddings()`` makes the logits of the model's own
+        forward.
+
+    Raises:
+        ModelError: it has no masked-LM head, or one that is computed in another way.
+    """
+    predict_masked = family_of(model.config).predict_masked
+    # DeBERTa's other head has no output embedding of its own: it multiplies by the input's.
+    if predict_masked is None or not getattr(model.config, "legacy", True):
+        raise ModelError(
+            f"the masked-LM head of `{model.config.model_type}` is not supported",
+            hint=_types_with("predict_masked"),
+        )
+    hidden_NE: Tensor = predict_masked(model, hidden_NH)
+    return hidden_NE
+
+
+def sentence_logits(model: PreTrainedModel, hidden_DH: Tensor) -> Tensor:
+    """The sentence-pair head of a model (next sentence or sentence order).
+
+    Args:
+        model: an `AutoModelForPreTraining`.
+        hidden_DH: the body's last hidden state at the first token of each pair.
+
+    Returns:
+        Logits [D, 2]; class 1 is a random or swapped second sentence.
+
+    Raises:
+        ModelError: the model has no such head.
+    """
+    relate_sentences = family_of(model.config).relate_sentences
+    if relate_sentences is None:
+        raise ModelError(
+            f"`{model.config.model_type}` has no head for pairs of sentences",
+            hint=_types_with("relate_sentences"),
+        )
+    logits_D2: Tensor = relate_sentences(model, hidden_DH)
+    return logits_D2
+
+
+def _types_with(name: str) -> str:
+    types = sorted(kind for kind, family in FAMILIES.items() if getattr(family, name))
+    return f"choose a model of type {', '.join(types)}"

@@ -29,6 +29,7 @@ from fulltune.models.presets import PRESETS, is_new_model, make_config, make_mod
 from fulltune.objectives.base import Head, Objective
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.causal_stream import CausalStream
+from fulltune.objectives.masked_lm import MaskedLM, MaskingConfig
 from fulltune.objectives.permutation_lm import PermutationConfig, PermutationLM
 from fulltune.recipes import finetune
 from fulltune.recipes.prepare import Base, Prepared, open_base
@@ -36,7 +37,7 @@ from fulltune.recipes.prepare import prepare as prepare_windows
 from fulltune.runtime import cache_dir, num_cores
 from fulltune.tracking import Display
 
-Name = Literal["causal_lm", "permutation_lm"]
+Name = Literal["causal_lm", "masked_lm", "permutation_lm"]
 
 
 class ObjectiveConfig(Settings):
@@ -49,6 +50,7 @@ class ObjectiveConfig(Settings):
     stream: bool = False
     """`causal_lm`: join documents end to end, so that a window may hold several; otherwise each
     window holds one document, or a part of it, and windows are packed apart."""
+    masking: MaskingConfig = MaskingConfig()
     permutation: PermutationConfig = PermutationConfig()
 
 
@@ -86,12 +88,17 @@ def _causal_lm(base: Base, family: Family, config: ObjectiveConfig, length: int)
     return CausalStream(model) if config.stream else model
 
 
+def _masked_lm(base: Base, family: Family, config: ObjectiveConfig, length: int) -> Objective:
+    return MaskedLM(base.tokenizer, length, config.masking, packing=family.can_pack)
+
+
 def _permutation_lm(base: Base, family: Family, config: ObjectiveConfig, length: int) -> Objective:
     return PermutationLM(base.tokenizer, length, config.permutation)
 
 
 OBJECTIVES: dict[str, Kind] = {
     "causal_lm": Kind("causal_lm", ("gpt",), _causal_lm, ("stream",), metrics=()),
+    "masked_lm": Kind("masked_lm", ("bert",), _masked_lm, ("masking",)),
     "permutation_lm": Kind("permutation_lm", ("xlnet",), _permutation_lm, ("permutation",)),
 }
 

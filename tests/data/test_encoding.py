@@ -20,6 +20,8 @@ import pytest
 import fulltune
 from fulltune.data import encoding
 from fulltune.data.encoding import (
+    SENTENCE_START,
+    WORD_START,
     EncodedDataset,
     EncodedExample,
     content_hash,
@@ -112,6 +114,24 @@ def test_rows_come_back_as_they_were_encoded(tmp_path: Path) -> None:
     assert dataset.num_records == 5
     with pytest.raises(IndexError):
         dataset[len(dataset)]
+
+
+class BytesAndWords(Bytes):
+    """The same, with the start of every other word marked."""
+
+    def __call__(self, example: Example) -> list[EncodedExample]:
+        encoded = super().__call__(example)
+        for each in encoded[::2]:
+            each["boundaries"] = [WORD_START | SENTENCE_START, *[0] * (len(each["input_ids"]) - 1)]
+        return encoded
+
+
+def test_boundaries_come_back_where_there_are_any(tmp_path: Path) -> None:
+    path = rows_file(tmp_path / "a.jsonl", 3)
+    dataset = encoded(path, tmp_path / "cache", encode=BytesAndWords())
+    assert dataset[0]["boundaries"] == [3, 0, 0, 0, 0]
+    assert "boundaries" not in dataset[1]
+    assert len(dataset) == 6
 
 
 def test_columns_are_the_rows_at_a_glance(tmp_path: Path) -> None:

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+)
 
 from fulltune.errors import ModelError
 from fulltune.models.families import (
@@ -14,7 +20,9 @@ from fulltune.models.families import (
     classification_logits,
     family_of,
     layer_of,
+    masked_hidden_states,
     num_layers,
+    sentence_logits,
 )
 
 SMALL: dict[str, Any] = {
@@ -79,6 +87,49 @@ def test_head_on_pooled_vectors_equals_the_models_own_forward(model_type: str) -
             torch.testing.assert_close(
                 classification_logits(model, hidden_DH), model(input_ids=input_ids).logits
             )
+
+
+@pytest.mark.parametrize("model_type", HEADS[2:-1])
+def test_masked_lm_head_equals_the_models_own_forward(model_type: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(small_config(model_type)).eval()
+    decoder = model.get_output_embeddings()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)  # biases start at 0, or would match
+        input_ids = torch.randint(5, 60, (1, 7))
+        hidden_NH = model.base_model(input_ids=input_ids).last_hidden_state[0]
+        logits_NV = decoder(masked_hidden_states(model, hidden_NH))
+        torch.testing.assert_close(logits_NV, model(input_ids=input_ids).logits[0])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "output"),
+    [
+        ("bert", "seq_relationship_logits"),
+        ("albert", "sop_logits"),
+        ("ernie", "seq_relationship_logits"),
+        ("megatron-bert", "seq_relationship_logits"),
+    ],
+)
+def test_sentence_head_equals_the_models_own_forward(model_type: str, output: str) -> None:
+    config = small_config(model_type)
+    config.num_labels = 2
+    torch.manual_seed(0)
+    model = AutoModelForPreTraining.from_config(config).eval()
+    with torch.no_grad():
+        input_ids = torch.randint(5, 60, (2, 7))
+        hidden_DH = model.base_model(input_ids=input_ids).last_hidden_state[:, 0]
+        own = model(input_ids=input_ids)
+        torch.testing.assert_close(sentence_logits(model, hidden_DH), getattr(own, output))
+
+
+def test_heads_that_a_model_lacks_are_named() -> None:
+    model = AutoModelForCausalLM.from_config(small_config("llama"))
+    with pytest.raises(ModelError, match="masked-LM head of `llama`"):
+        masked_hidden_states(model, torch.zeros(1, 16))
+    with pytest.raises(ModelError, match="`llama` has no head for pairs"):
+        sentence_logits(model, torch.zeros(1, 16))
 
 
 def test_every_parameter_of_llama_has_its_part() -> None:

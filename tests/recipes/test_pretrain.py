@@ -48,6 +48,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
         "num_key_value_heads": 2, "num_hidden_layers": 2,
     },
+    "bert-tiny": {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48},
     "xlnet-tiny": {"d_model": 32, "n_head": 4, "d_inner": 48},
 }  # fmt: skip
 
@@ -82,6 +83,8 @@ CASES = [
     ("gpt2-tiny", "tiny_gpt2", {"length": 32}),
     ("gpt2-tiny", "tiny_gpt2", {"length": 32, "stream": True}),
     ("llama-tiny", "tiny_llama", {"length": 32, "stream": True}),
+    ("bert-tiny", "tiny_bert", {"length": 32}),
+    ("bert-tiny", "tiny_bert", {"length": 32, "masking": {"rate": 0.3, "whole_words": True}}),
     ("xlnet-tiny", "tiny_bert", {"length": 32}),
     ("xlnet-tiny", "tiny_bert", {"length": 32, "permutation": {"memory_length": 16}}),
 ]

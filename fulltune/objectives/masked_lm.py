@@ -1,0 +1,307 @@
+"""Prediction of masked tokens (BERT, Devlin et al. 2019).
+
+Shape suffixes: B rows, T tokens, H hidden size, E size of the output embedding, N masked positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, TypedDict, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fulltune.config import Settings
+from fulltune.data.arranged import ArrangedExamples, Documents
+from fulltune.data.boundaries import join_chinese_words, sentence_starts, word_starts
+from fulltune.data.encoding import (
+    SENTENCE_START,
+    WORD_START,
+    EncodedExample,
+    content_hash,
+)
+from fulltune.data.tasks import Example, TextExample
+from fulltune.data.windows import Windows
+from fulltune.errors import ConfigError, DataError, ModelError
+from fulltune.models.families import masked_hidden_states
+from fulltune.objectives.base import (
+    Batch,
+    Scores,
+    collate_tokens,
+    model_inputs,
+    tokenizer_fingerprint,
+)
+from fulltune.objectives.linear_cross_entropy import LossSums, linear_cross_entropy
+from fulltune.objectives.noise import noise_generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODEL_INPUTS = (
+    "input_ids", "token_type_ids", "attention_mask", "position_ids",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+)  # fmt: skip
+
+MASK_SHARE = 0.8
+KEEP_SHARE = 0.1
+"""What becomes of a chosen token: the mask, itself, or else any ordinary token."""
+
+
+class MaskingConfig(Settings):
+    """Which tokens are hidden from the model."""
+
+    rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens of each example that are predicted, at least one token."""
+    max_masked: Annotated[int, Field(ge=1)] | None = None
+    """Most predicted tokens of an example; null is no limit."""
+    whole_words: bool = False
+    """Whether all pieces of a word are predicted, or none."""
+    chinese_words: bool = False
+    """Whether Chinese characters make words of several, as `jieba` cuts them (the extra `chinese`);
+    read with `whole_words` only."""
+
+
+class MaskedBatch(TypedDict):
+    """A micro-batch for masked tokens.
+
+    input_ids:        int64 [1, T] packed examples, or [B, T] right-padded where packing is off,
+                      with masks and random tokens in place.
+    target_positions: int64 [N], into the flattened [B * T] tokens: where a token is predicted.
+    target_ids:       int64 [N], the token that stood there. There is no ignored value.
+    token_type_ids:   int64 as ``input_ids``, for pairs of segments only.
+    attention_mask:   int64 [B, T], 1 on tokens and 0 on padding; absent when packed.
+    position_ids, cu_seq_lens_q, ...: boundaries of the examples, present when packed.
+    """
+
+    input_ids: Tensor
+    target_positions: Tensor
+    target_ids: Tensor
+    token_type_ids: NotRequired[Tensor]
+    attention_mask: NotRequired[Tensor]
+    position_ids: NotRequired[Tensor]
+    cu_seq_lens_q: NotRequired[Tensor]
+    cu_seq_lens_k: NotRequired[Tensor]
+    max_length_q: NotRequired[int]
+    max_length_k: NotRequired[int]
+
+
+@dataclass(frozen=True)
+class MaskedLM:
+    """Cross-entropy of the tokens chosen in each example, from what stands around them.
+
+    The chosen tokens are drawn anew in each epoch (RoBERTa, Liu et al. 2019).
+
+    Args:
+        tokenizer: a fast tokenizer with tokens for mask, start and separator.
+        max_length: longest example in tokens, special tokens included.
+        masking: how many tokens are chosen, and in which groups.
+        packing: whether the model isolates examples packed into one row.
+
+    Raises:
+        ModelError: the tokenizer lacks one of the tokens.
+        ConfigError: ``max_length`` leaves no room for a token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    packing: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("mask_token", "cls_token", "sep_token"):
+            if getattr(self.tokenizer, name) is None:
+                raise ModelError(
+                    f"the tokenizer of `{self.tokenizer.name_or_path}` has no `{name}`, which "
+                    "masked-token training needs",
+                    hint="choose an encoder such as BERT, RoBERTa or ModernBERT with its tokenizer",
+                )
+        if self.max_length < 3:
+            raise ConfigError(
+                f"`max_length` is {self.max_length}: two special tokens leave no room for text",
+                hint="set it to 3 or more",
+            )
+
+    @property
+    def head(self) -> Literal["masked_lm"]:
+        """The masked-LM head."""
+        return "masked_lm"
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever `encode` would give other tokens."""
+        return tokenizer_fingerprint(
+            self.tokenizer, objective="masked_lm", chinese_words=self._joins_chinese
+        )
+
+    @property
+    def _joins_chinese(self) -> bool:
+        return self.masking.whole_words and self.masking.chinese_words
+
+    def encode(self, example: Example) -> list[EncodedExample]:
+        """The whole document without special tokens, with its words and sentences marked.
+
+        Raises:
+            DataError: the text has no tokens.
+        """
+        if not isinstance(example, TextExample):
+            raise TypeError(f"{type(example).__name__} is not a document")
+        encoding = self.tokenizer.backend_tokenizer.encode(example.text, add_special_tokens=False)
+        if not encoding.ids:
+            raise DataError(f"{example.where}: the text has no tokens")
+        words = word_starts(encoding)
+        if self._joins_chinese:
+            words = join_chinese_words(words, encoding.offsets, example.text)
+        sentences = sentence_starts(example.text, encoding.offsets)
+        text_hash = content_hash(example.text)
+        return [
+            EncodedExample(
+                input_ids=list(encoding.ids),
+                targets=[1] * len(encoding.ids),
+                token_type_ids=[],
+                label="",
+                num_removed=0,
+                num_removed_targets=0,
+                input_hash=text_hash,
+                example_hash=text_hash,
+                num_bytes=len(example.text.encode()),
+                where=example.where,
+                boundaries=[
+                    WORD_START * word + SENTENCE_START * sentence
+                    for word, sentence in zip(words, sentences, strict=True)
+                ],
+            )
+        ]
+
+    def arrange(
+        self, documents: Documents, indices: Sequence[int] | npt.NDArray[Any], seed: int
+    ) -> ArrangedExamples:
+        """Windows of the documents between the tokenizer's start and separator; no draw is made."""
+        return Windows(
+            documents,
+            indices,
+            num_tokens=self.max_length - 2,
+            before=[self.tokenizer.cls_token_id],
+            after=[self.tokenizer.sep_token_id],
+        )
+
+    def collate(self, examples: Sequence[EncodedExample]) -> Batch:
+        """The tensors of one forward pass; see `MaskedBatch`."""
+        return self.collate_masked(examples)[0]
+
+    def collate_masked(self, examples: Sequence[EncodedExample]) -> tuple[Batch, Tensor, list[int]]:
+        """The batch, where each example starts in it (int64 [D]), and its masked tokens each."""
+        hidden, positions = [], []
+        for example in examples:
+            chosen, input_ids = self._mask(example)
+            hidden.append(cast(EncodedExample, {**example, "input_ids": input_ids}))
+            positions.append(chosen)
+        batch, starts_D = collate_tokens(
+            hidden, packing=self.packing, padding=self.tokenizer.pad_token_id or 0
+        )
+        pairs = list(zip(examples, positions, strict=True))
+        batch["target_positions"] = torch.tensor(
+            [
+                start + position
+                for start, chosen in zip(starts_D.tolist(), positions, strict=True)
+                for position in chosen
+            ],
+            dtype=torch.int64,
+        )
+        batch["target_ids"] = torch.tensor(
+            [example["input_ids"][position] for example, chosen in pairs for position in chosen],
+            dtype=torch.int64,
+        )
+        return batch, starts_D, [len(chosen) for chosen in positions]
+
+    def _mask(self, example: EncodedExample) -> tuple[list[int], list[int]]:
+        """The chosen positions of an example in order, and its tokens with those replaced."""
+        generator = noise_generator(example)
+        input_ids = np.array(example["input_ids"], dtype=np.int64)
+        allowed = np.array(example["targets"], dtype=bool) & ~np.isin(input_ids, self._special_ids)
+        maskable = np.flatnonzero(allowed)
+        # As many in every example of a length, and not each token by chance.
+        budget = min(
+            self.masking.max_masked or len(maskable),
+            max(1, round(self.masking.rate * len(maskable))),
+            len(maskable),
+        )
+        if self.masking.whole_words:
+            chosen = _choose_words(maskable, example.get("boundaries", []), budget, generator)
+        else:
+            chosen = np.sort(generator.permutation(maskable)[:budget])
+        draw = generator.random(len(chosen))
+        others = generator.choice(self._ordinary_ids, len(chosen))
+        replaced = np.where(draw < MASK_SHARE, self.tokenizer.mask_token_id, others)
+        kept = (draw >= MASK_SHARE) & (draw < MASK_SHARE + KEEP_SHARE)
+        input_ids[chosen] = np.where(kept, input_ids[chosen], replaced)
+        return chosen.tolist(), input_ids.tolist()
+
+    @cached_property
+    def _special_ids(self) -> npt.NDArray[np.int64]:
+        return np.array(sorted(set(self.tokenizer.all_special_ids)), dtype=np.int64)
+
+    @cached_property
+    def _ordinary_ids(self) -> npt.NDArray[np.int64]:
+        ids = set(self.tokenizer.get_vocab().values()) - set(self.tokenizer.all_special_ids)
+        return np.array(sorted(ids), dtype=np.int64)
+
+    def num_targets(self, batch: Batch) -> int:
+        """Tokens of the batch that are predicted."""
+        return int(batch["target_ids"].numel())
+
+    def loss_sum(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Cross-entropy of every target, summed and not averaged: a float32 scalar."""
+        return masked_losses(model, batch, last_hidden_states(model, batch)).loss_sum
+
+    def score(self, model: PreTrainedModel, batch: Batch) -> Scores:
+        """The same loss, and how often the first guess was the hidden token."""
+        with torch.no_grad():
+            sums = masked_losses(model, batch, last_hidden_states(model, batch))
+        return Scores(
+            loss_sum=float(sums.cross_entropy_sum),
+            num_targets=self.num_targets(batch),
+            num_correct=int(sums.num_correct),
+        )
+
+
+def last_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The body's last hidden states at all tokens, [B * T, H]."""
+    output = model.base_model(**model_inputs(batch, MODEL_INPUTS))
+    hidden_TH: Tensor = output.last_hidden_state.flatten(0, 1)
+    return hidden_TH
+
+
+def masked_losses(model: PreTrainedModel, batch: Batch, hidden_TH: Tensor) -> LossSums:
+    """The head's loss on the masked tokens of a batch."""
+    hidden_NE = masked_hidden_states(model, hidden_TH[batch["target_positions"]])
+    decoder = model.get_output_embeddings()
+    return linear_cross_entropy(
+        hidden_NE, decoder.weight, batch["target_ids"], bias_V=getattr(decoder, "bias", None)
+    )
+
+
+def _choose_words(
+    maskable: npt.NDArray[np.int64],
+    boundaries: Sequence[int],
+    budget: int,
+    generator: np.random.Generator,
+) -> npt.NDArray[np.int64]:
+    """Positions of words drawn one after another, each taken if it still fits the budget."""
+    marks = np.array(boundaries, dtype=np.int64)[maskable]
+    begins = (marks & WORD_START).astype(bool)
+    # What stood between was a special token, so a word does not go on behind it.
+    begins[1:] |= np.diff(maskable) > 1
+    words = np.split(maskable, np.flatnonzero(begins[1:]) + 1)
+    chosen: list[npt.NDArray[np.int64]] = []
+    for index in generator.permutation(len(words)):
+        if len(words[index]) <= budget:
+            chosen.append(words[index])
+            budget -= len(words[index])
+        if not budget:
+            break
+    return np.sort(np.concatenate(chosen)) if chosen else maskable[:0]

@@ -1,0 +1,327 @@
+"""Which tokens are masked, with what, and that the loss is that of the model's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
+
+from fulltune.data.encoding import EncodedExample, content_hash
+from fulltune.data.tasks import TextExample
+from fulltune.errors import ConfigError, DataError, ModelError
+from fulltune.models.loading import load_tokenizer
+from fulltune.objectives.masked_lm import MaskedLM, MaskingConfig
+
+TEXTS = (
+    "The capital of the country is a city by the river. She sells sea shells!",
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
+    "How many apples are there in the basket? There are seven apples.",
+    "法国的首都是巴黎。你好，世界！今天天气很好。",
+)
+
+
+class Documents:
+    """Encoded documents in a list, as an encoded data set offers them."""
+
+    fingerprint = "list"
+
+    def __init__(self, objective: MaskedLM, texts: Sequence[str] = TEXTS) -> None:
+        self.examples = [
+            example
+            for line, text in enumerate(texts, start=1)
+            for example in objective.encode(TextExample(text, f"a.txt:{line}"))
+        ]
+        self.lengths = np.array([len(example["input_ids"]) for example in self.examples])
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> EncodedExample:
+        return self.examples[index]
+
+    def piece(self, index: int, start: int, stop: int, /) -> EncodedExample:
+        piece = self[index].copy()
+        for name in ("input_ids", "targets", "boundaries"):
+            if name in piece:
+                piece[name] = piece[name][start:stop]
+        return piece
+
+    def where(self, index: int) -> str:
+        return self.examples[index]["where"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_bert: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(tiny_bert)
+
+
+def arranged(objective: MaskedLM, texts: Sequence[str] = TEXTS) -> list[EncodedExample]:
+    documents = Documents(objective, texts)
+    examples = objective.arrange(documents, range(len(documents)), seed=0)
+    assert [len(examples[i]["input_ids"]) for i in range(len(examples))] == list(examples.lengths)
+    return [examples[index] for index in range(len(examples))]
+
+
+def seeded(example: EncodedExample, seed: int) -> EncodedExample:
+    return EncodedExample(**{**example, "noise_seed": seed})  # type: ignore[typeddict-item]
+
+
+def invented(tokenizer: PreTrainedTokenizerBase, length: int, number: int) -> EncodedExample:
+    """An example of ordinary tokens with a start and a separator around them."""
+    ordinary = np.random.default_rng(number).integers(5, len(tokenizer), length).tolist()
+    return EncodedExample(
+        input_ids=[tokenizer.cls_token_id, *ordinary, tokenizer.sep_token_id],
+        targets=[0, *[1] * length, 0],
+        token_type_ids=[],
+        label="",
+        num_removed=0,
+        num_removed_targets=0,
+        input_hash=number,
+        example_hash=number,
+        num_bytes=0,
+        where="a.txt:1",
+        boundaries=[0, *np.random.default_rng(number).integers(0, 2, length).tolist(), 0],
+    )
+
+
+def small_model(tokenizer: PreTrainedTokenizerBase, **values: Any) -> BertForMaskedLM:
+    torch.manual_seed(0)
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            **values,
+        )
+    )
+
+
+def test_windows_keep_every_token_once_and_never_mix_documents(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    objective = MaskedLM(tokenizer, 9)
+    documents = Documents(objective)
+    examples = objective.arrange(documents, [2, 0], seed=0)
+    seen: dict[str, list[int]] = {}
+    for index in range(len(examples)):
+        example = examples[index]
+        assert len(example["input_ids"]) <= 9
+        assert example["input_ids"][0] == tokenizer.cls_token_id
+        assert example["input_ids"][-1] == tokenizer.sep_token_id
+        assert example["targets"] == [0, *[1] * (len(example["input_ids"]) - 2), 0]
+        assert examples.where(index) == example["where"]
+        seen.setdefault(example["where"], []).extend(example["input_ids"][1:-1])
+    assert seen == {
+        "a.txt:3": documents[2]["input_ids"],
+        "a.txt:1": documents[0]["input_ids"],
+    }
+    hashes = {examples[index]["example_hash"] for index in range(len(examples))}
+    assert len(hashes) == len(examples)
+    assert examples.fingerprint != objective.arrange(documents, [0, 2], seed=0).fingerprint
+    assert examples.fingerprint == objective.arrange(documents, [2, 0], seed=0).fingerprint
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    rate=st.floats(0.01, 0.99),
+    max_masked=st.none() | st.integers(1, 10),
+    seed=st.integers(0, 2**63),
+    packing=st.booleans(),
+)
+def test_the_number_of_masked_tokens_is_exact_and_targets_are_the_original_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: list[int],
+    rate: float,
+    max_masked: int | None,
+    seed: int,
+    packing: bool,
+) -> None:
+    objective = MaskedLM(
+        tokenizer, 64, masking=MaskingConfig(rate=rate, max_masked=max_masked), packing=packing
+    )
+    examples = [
+        seeded(invented(tokenizer, length, number), seed + number)
+        for number, length in enumerate(lengths)
+    ]
+    batch = objective.collate(examples)
+    expected = [min(max_masked or 99, max(1, round(rate * length))) for length in lengths]
+    assert objective.num_targets(batch) == sum(expected)
+
+    rows = [example["input_ids"] for example in examples]
+    width = max(map(len, rows))
+    starts = np.cumsum([0, *map(len, rows)])[:-1] if packing else np.arange(len(rows)) * width
+    flat = batch["input_ids"].flatten().tolist()
+    positions = batch["target_positions"].tolist()
+    targets = dict(zip(positions, batch["target_ids"].tolist(), strict=True))
+    assert len(targets) == len(positions)
+    for start, row, count in zip(starts.tolist(), rows, expected, strict=True):
+        inside = [position for position in positions if start <= position < start + len(row)]
+        assert len(inside) == count
+        for offset, token in enumerate(row):
+            if start + offset in targets:
+                assert 0 < offset < len(row) - 1
+                assert targets[start + offset] == token
+                assert flat[start + offset] not in {0, 1, 2, 3}  # never [PAD] [UNK] [CLS] [SEP]
+            else:
+                assert flat[start + offset] == token
+
+
+def test_noise_follows_the_seed_of_the_example_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    objective = MaskedLM(tokenizer, 64, packing=False)
+    first, second = (invented(tokenizer, 30, number) for number in (1, 2))
+
+    def noise(*examples: EncodedExample) -> list[list[int]]:
+        rows: list[list[int]] = objective.collate(examples)["input_ids"].tolist()
+        return rows
+
+    assert noise(seeded(first, 5)) == noise(seeded(first, 5)) != noise(seeded(first, 6))
+    assert noise(first) == noise(seeded(first, first["example_hash"]))
+    assert noise(seeded(second, 4), seeded(first, 5))[1] == noise(seeded(first, 5))[0]
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_eight_in_ten_chosen_tokens_are_masked_and_one_in_ten_is_kept(
+    tokenizer: PreTrainedTokenizerBase, whole_words: bool
+) -> None:
+    objective = MaskedLM(
+        tokenizer, 512, masking=MaskingConfig(rate=0.4, whole_words=whole_words), packing=False
+    )
+    masked = kept = total = 0
+    others: set[int] = set()
+    for seed in range(40):
+        batch = objective.collate([seeded(invented(tokenizer, 500, 1), seed)])
+        found = batch["input_ids"].flatten()[batch["target_positions"]]
+        is_mask, is_same = found == tokenizer.mask_token_id, found == batch["target_ids"]
+        masked, kept = masked + int(is_mask.sum()), kept + int(is_same.sum())
+        total += len(found)
+        others.update(found[~is_mask & ~is_same].tolist())
+    # 8,000 draws: six standard deviations are 2.7 and 2.0 points.
+    assert masked / total == pytest.approx(0.8, abs=0.027)
+    assert kept / total == pytest.approx(0.1, abs=0.02)
+    vocabulary = len(tokenizer)
+    assert others <= set(range(5, vocabulary))
+    assert len(others) > 0.8 * (vocabulary - 5)
+
+
+def test_special_tokens_inside_a_text_are_never_chosen(tokenizer: PreTrainedTokenizerBase) -> None:
+    objective = MaskedLM(tokenizer, 64, masking=MaskingConfig(rate=0.99), packing=False)
+    [example] = arranged(objective, ["the [SEP] dog [MASK] sleeps \u2603"])
+    batch = objective.collate([example])
+    assert tokenizer.convert_ids_to_tokens(batch["target_ids"].tolist()) == ["the", "dog", "sleeps"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(rate=st.floats(0.05, 0.95), seed=st.integers(0, 2**63))
+def test_whole_words_are_chosen_with_all_their_pieces_and_within_the_budget(
+    tokenizer: PreTrainedTokenizerBase, rate: float, seed: int
+) -> None:
+    objective = MaskedLM(
+        tokenizer, 128, masking=MaskingConfig(rate=rate, whole_words=True), packing=False
+    )
+    text = "unbelievable riverside basketball, the dog countrywide sleeps"
+    [example] = arranged(objective, [text])
+    tokens = tokenizer.convert_ids_to_tokens(example["input_ids"])
+    assert sum(token.startswith("##") for token in tokens) > 5
+    batch = objective.collate([seeded(example, seed)])
+    chosen = set(batch["target_positions"].tolist())
+    assert len(chosen) <= max(1, round(rate * (len(tokens) - 2)))
+    for position, token in enumerate(tokens):
+        if token.startswith("##"):
+            assert (position in chosen) == (position - 1 in chosen)
+
+
+def test_chinese_characters_of_a_word_are_chosen_together(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    pytest.importorskip("jieba")
+    text = "法国的首都是巴黎。"
+    plain = MaskedLM(tokenizer, 64, masking=MaskingConfig(whole_words=True))
+    joined = MaskedLM(tokenizer, 64, masking=MaskingConfig(whole_words=True, chinese_words=True))
+    starts = {
+        name: [mark & 1 for mark in objective.encode(TextExample(text, "a:1"))[0]["boundaries"]]
+        for name, objective in (("plain", plain), ("joined", joined))
+    }
+    assert starts["plain"] == [1] * 9
+    assert starts["joined"] == [1, 0, 1, 1, 0, 1, 1, 0, 1]  # 法国 的 首都 是 巴黎 。
+    assert plain.fingerprint != joined.fingerprint
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_loss_equals_that_of_the_models_own_forward(
+    tokenizer: PreTrainedTokenizerBase, packing: bool
+) -> None:
+    model = small_model(tokenizer, attn_implementation="fulltune" if packing else "sdpa").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    objective = MaskedLM(tokenizer, 24, packing=packing)
+    examples = arranged(objective)
+    batch = objective.collate(examples)
+
+    padded = MaskedLM(tokenizer, 24, packing=False).collate(examples)
+    labels_BT = torch.full_like(padded["input_ids"], -100)
+    labels_BT.view(-1)[padded["target_positions"]] = padded["target_ids"]
+    own = model(
+        input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], labels=labels_BT
+    )
+    count = objective.num_targets(batch)
+    assert count == int((labels_BT != -100).sum())
+    # Sums of some twenty float32 terms near 6.
+    loss = objective.loss_sum(model, batch)
+    torch.testing.assert_close(loss, own.loss * count, rtol=1e-5, atol=1e-4)
+    assert loss.dtype == torch.float32
+    scores = objective.score(model, batch)
+    assert scores.loss_sum == pytest.approx(loss.item())
+    assert scores.num_targets == count
+    best_BT = own.logits.argmax(-1)
+    assert scores.num_correct == int((best_BT == labels_BT).sum())
+
+
+def test_eight_sequences_are_learned_by_heart(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = small_model(tokenizer, attn_implementation="fulltune")
+    objective = MaskedLM(tokenizer, 16)
+    texts = [f"{text} {number}" for number, text in enumerate(TEXTS * 2)]
+    examples = [example for example in arranged(objective, texts) if len(example["targets"]) > 10]
+    batch = objective.collate(examples[:8])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(80):
+        optimizer.zero_grad()
+        (objective.loss_sum(model, batch) / objective.num_targets(batch)).backward()
+        optimizer.step()
+    scores = objective.score(model, batch)
+    assert scores.loss_sum / scores.num_targets < 0.05
+    assert scores.num_correct == scores.num_targets
+
+
+def test_hashes_and_bytes_are_those_of_the_document(tokenizer: PreTrainedTokenizerBase) -> None:
+    [document] = MaskedLM(tokenizer, 8).encode(TextExample(TEXTS[3], "a.txt:1"))
+    assert document["example_hash"] == document["input_hash"] == content_hash(TEXTS[3])
+    assert document["num_bytes"] == len(TEXTS[3].encode())
+    assert tokenizer.cls_token_id not in document["input_ids"]
+    assert len(document["input_ids"]) > 8
+
+
+def test_what_cannot_be_trained_is_said(
+    tokenizer: PreTrainedTokenizerBase, tiny_llama: Path
+) -> None:
+    with pytest.raises(ModelError, match="has no `mask_token`"):
+        MaskedLM(load_tokenizer(tiny_llama), 16)
+    with pytest.raises(ConfigError, match="`max_length` is 2"):
+        MaskedLM(tokenizer, 2)
+    with pytest.raises(DataError, match=r"a\.txt:4: the text has no tokens"):
+        MaskedLM(tokenizer, 16).encode(TextExample(" \u200b", "a.txt:4"))
+    with pytest.raises(ValueError, match="rate"):
+        MaskingConfig(rate=1.0)
