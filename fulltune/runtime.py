@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import datetime
 import os
 import platform
@@ -62,6 +63,8 @@ def start_runtime(device: str = "auto") -> Runtime:
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device, local_rank)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and not dist.is_initialized():
         if chosen.type == "cuda":
@@ -72,6 +75,27 @@ def start_runtime(device: str = "auto") -> Runtime:
         # first in the launcher's store, and wait for ever.
         atexit.register(dist.destroy_process_group)
     return Runtime(chosen, int(os.environ.get("RANK", "0")), world_size)
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library reuse freed memory instead of giving it back to the system.
+
+    A training step frees what the next one allocates again. By default glibc returns it, and the
+    system hands it out page by page, each filled with zeros: 170,000 page faults in a step of
+    SmolLM2-135M over 1,632 tokens, a tenth of its time. The peak is the same.
+
+    Returns:
+        Whether there is such a setting here; other C libraries than glibc have none.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    try:
+        library = ctypes.CDLL(None)
+        library.gnu_get_libc_version  # noqa: B018  (another library may have an empty mallopt)
+        mallopt = library.mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    # Nothing is trimmed, and large blocks come from the same heap as all others.
+    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:

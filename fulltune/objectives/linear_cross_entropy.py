@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 
 # Smaller chunks cost speed: the weight's gradient is read and written once per chunk.
 CHUNK_BYTES = 64 * 2**20
-# On a CPU the passes over float32 logits run inside the cache, one block of rows after another.
+# On a CPU the passes over float32 logits, and the sums of weight gradients, run inside the cache,
+# one block of rows after another.
 _CPU_BLOCK_BYTES = 4 * 2**20
 # oneDNN compiles and keeps a kernel for each shape of a product, so there should be few shapes.
 _ROWS_MULTIPLE = 32
@@ -45,7 +46,7 @@ class _Settings(NamedTuple):
     z_loss: float
     logit_scale: float
     softcap: float | None
-    chunk_bytes: int
+    chunk_bytes: int | None
     with_gradients: bool
 
 
@@ -59,7 +60,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> LossSums:
     """Summed cross-entropy of ``hidden_NH @ weight_VH.T + bias_V`` against ``targets_N``.
 
@@ -75,7 +76,8 @@ def linear_cross_entropy(
             ``logits_scaling``).
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma's
             ``final_logit_softcapping``), after ``logit_scale``.
-        chunk_bytes: most bytes of logits held at once, in the model's dtype.
+        chunk_bytes: most bytes of logits held at once, in the model's dtype. None is `CHUNK_BYTES`,
+            or more where a single chunk needs less memory than the float32 sum over several.
     """
     inputs = (hidden_NH, weight_VH) if bias_V is None else (hidden_NH, weight_VH, bias_V)
     settings = _Settings(
@@ -106,7 +108,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         token_losses_N = torch.empty_like(losses_N)
         num_correct = torch.zeros((), dtype=torch.int64, device=hidden_NH.device)
 
-        rows = max(1, settings.chunk_bytes // (vocabulary_size * hidden_NH.element_size()))
+        chunk_bytes = settings.chunk_bytes
+        row_bytes = vocabulary_size * hidden_NH.element_size()
+        if chunk_bytes is None:
+            chunk_bytes = CHUNK_BYTES
+            spared = weight_VH.numel() * reduced.itemsize if wanted[1] else 0
+            if num_positions * row_bytes <= CHUNK_BYTES + spared:
+                chunk_bytes += spared
+        rows = max(1, chunk_bytes // row_bytes)
         num_chunks = math.ceil(num_positions / rows)
         rows = math.ceil(num_positions / max(1, num_chunks))  # chunks of like size
         rows += -rows % _ROWS_MULTIPLE
@@ -120,8 +129,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # One chunk is summed inside its matrix product; more need float32 between them.
             product_VH = torch.empty_like(weight_VH)
             grad_weight_VH = product_VH
-            if num_chunks != 1:
-                grad_weight_VH = torch.zeros_like(weight_VH, dtype=reduced)
+            if num_chunks > 1:
+                grad_weight_VH = torch.empty_like(weight_VH, dtype=reduced)
+            elif num_chunks == 0:
+                product_VH.zero_()
 
         logits_CV = hidden_NH.new_empty(rows, vocabulary_size)
         block_rows = rows
@@ -156,8 +167,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(chunk_CV, weight_VH, out=grad_filled_NH[start : start + rows])
             if grad_weight_VH is not None and product_VH is not None:
                 torch.mm(chunk_CV.T, hidden_CH, out=product_VH)
-                if grad_weight_VH is not product_VH:
-                    grad_weight_VH.add_(product_VH)
+                if start == 0 and grad_weight_VH is not product_VH:
+                    grad_weight_VH.copy_(product_VH)
+                elif grad_weight_VH is not product_VH:
+                    _add_in_blocks(grad_weight_VH, product_VH)
 
         grad_hidden_NH = None if grad_filled_NH is None else grad_filled_NH[:num_positions]
         ctx.gradients = (grad_hidden_NH, grad_weight_VH, None, grad_bias_V, None)
@@ -171,10 +184,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_unused: Any) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("this loss can be differentiated only once")
+        # Multiplied in place: new memory of this size costs more, page by page, than the product.
+        gradients, ctx.gradients = ctx.gradients, None
         return tuple(
-            None if gradient is None else torch.mul(gradient, grad).to(dtype)
-            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
+            None if gradient is None else gradient.mul_(grad).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
+
+
+def _add_in_blocks(sum_VH: Tensor, product_VH: Tensor) -> None:
+    """``sum_VH += product_VH`` without a float32 copy of the whole product."""
+    rows = len(sum_VH)
+    if sum_VH.device.type == "cpu":
+        rows = max(1, _CPU_BLOCK_BYTES // (sum_VH.shape[1] * sum_VH.element_size()))
+    for part, added in zip(sum_VH.split(rows), product_VH.split(rows), strict=True):
+        part.add_(added)
 
 
 def _score_block(
