@@ -190,6 +190,11 @@ def test_a_dry_run_plans_what_the_run_then_does(
     assert start["predicted_memory_bytes"] == pytest.approx(plan["predicted_memory_bytes"], rel=0.2)
     said = f"{plan['num_steps']:,} steps, {plan['num_examples']:,} examples"
     assert said in errors
+    # That the run is there is no hindrance, and it cannot go on with other settings.
+    assert say("finetune", settings_file, "--dry-run", "scope=head")[0] == 0
+    assert say("finetune", settings_file, "--dry-run", "--resume", "scope=head")[0] == 0
+    code, _, errors = say("finetune", settings_file, "--dry-run", "--resume")
+    assert (code, "differs in `scope`" in errors) == (2, True)
     # Settings that cannot be trained are refused as the run would refuse them.
     assert say("finetune", settings_file, "--dry-run", "optimizer.warmup=9 steps")[0] == 2
 

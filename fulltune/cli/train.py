@@ -75,7 +75,7 @@ def finetune(
 
     config = load_config(recipe.Config, file, overrides or [])
     if dry_run:
-        _print_plan(config, as_json=as_json)
+        _print_plan(config, resume=resume, as_json=as_json)
         return
     _finetune(config, resume=resume, as_json=as_json)
 
@@ -102,14 +102,14 @@ def pretrain(
     _say_result(recipe.run(config, resume=resume), "text", as_json=as_json)
 
 
-def _print_plan(config: finetune_recipe.Config, *, as_json: bool) -> None:
+def _print_plan(config: finetune_recipe.Config, *, resume: bool, as_json: bool) -> None:
     """Settings as YAML that runs again; the plan in comments below them."""
     from dataclasses import asdict
 
     from fulltune.config import dump_config
     from fulltune.recipes import dry_run as recipe
 
-    plan = recipe.plan(config)
+    plan = recipe.plan(config, resume=resume)
     if not plan.is_main:
         return
     if as_json:

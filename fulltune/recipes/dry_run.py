@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from fulltune.recipes.finetune import Config, assemble, check_settings, display_of
 from fulltune.runtime import start_runtime
 from fulltune.tracking import format_bytes
+from fulltune.train.run_folder import check_run_folder
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,22 @@ class Plan:
         ]
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config, *, resume: bool = False) -> Plan:
     """Read the data and load the model as a run does, and say what it would take.
 
-    Whether `run_dir` is free is not looked at, so that the plan of a run can be seen again.
+    Args:
+        config: the settings of the run.
+        resume: whether the run in `run_dir` is to go on: it must be of these settings. Otherwise
+            the folder is not looked at, so that the plan of a run can be seen again.
 
     Raises:
         FulltuneError: what would stop the run before its first step.
     """
     metric = check_settings(config)
     runtime = start_runtime(config.device)
+    found = check_run_folder(Path(config.run_dir), config, resume=True) if resume else None
     with display_of(runtime, title="dry run", metric=metric) as display:
-        trainer = assemble(config, None, metric, runtime, display)
+        trainer = assemble(config, found, metric, runtime, display)
     return Plan(
         num_parameters=trainer.num_parameters,
         num_trained_parameters=trainer.num_trained,

@@ -115,7 +115,10 @@ def run(
             num_kept, end = _complete_lines(output, records)
             if num_kept:
                 require_same_origin(output, origin)
-            os.truncate(output, end)
+            try:
+                os.truncate(output, end)
+            except OSError as error:
+                raise _unwritable(output, error) from None
         try:
             write_origin(output, origin)
         except OSError as error:

@@ -100,11 +100,15 @@ def run(
 
 def make_loader(prepared: Prepared, config: Config) -> Loader:
     """The steps of the run on one rank, its forward passes as large as memory ever makes them."""
+    # A GPU that is named need not be in this machine: nothing runs on it here.
+    device_type = config.device.partition(":")[0]
+    if device_type not in MICRO_BATCH_TOKENS:
+        device_type = choose_device(config.device).type
     return Loader(
         prepared.dataset.lengths,
         prepared.train,
         batch=config.batch,
-        micro_batch_tokens=MICRO_BATCH_TOKENS[choose_device(config.device).type][0],
+        micro_batch_tokens=MICRO_BATCH_TOKENS[device_type][0],
         seed=config.seed,
         packing=prepared.objective.packing,
     )

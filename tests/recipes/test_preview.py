@@ -55,12 +55,12 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def make_config(model: Path, rows: Path) -> finetune.Config:
+def make_config(model: Path, rows: Path, device: str = "cpu") -> finetune.Config:
     values = {
         "model": str(model),
         "task": {"kind": "classification", "train": str(rows), "validation": "4 examples"},
         "batch": "8 examples",
-        "device": "cpu",
+        "device": device,
         "num_workers": 0,
         "run_dir": str(rows.parent / "run"),
     }
@@ -127,3 +127,7 @@ def test_a_model_that_packs_has_no_padding_to_show(tiny_bert: Path, rows: Path) 
     plain = shown(make_config(tiny_bert, rows), colour=False)
     assert "padding" not in plain
     assert "[PAD]" not in plain
+
+
+def test_a_run_for_a_gpu_can_be_looked_at_without_one(tiny_roberta: Path, rows: Path) -> None:
+    assert "% of a forward pass" in shown(make_config(tiny_roberta, rows, "cuda:7"), colour=False)
