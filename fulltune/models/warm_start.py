@@ -210,7 +210,6 @@ def xlnet_layout(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
         **tokenizer.special_tokens_map,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         padding_side="left",
-        pad_token_type_id=3,
     )
 
 
