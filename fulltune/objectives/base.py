@@ -50,6 +50,9 @@ class Scores:
     loss_sum: float
     num_targets: int
     num_correct: int = 0
+    num_sentences: int = 0
+    """Pairs of sentences whose relation was predicted, and how many rightly."""
+    num_sentences_correct: int = 0
     logits_DC: Tensor | None = None
     """Classification: float32 [documents, classes], on the CPU."""
     label_indices_D: Tensor | None = None
