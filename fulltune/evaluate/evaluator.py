@@ -113,6 +113,7 @@ def evaluate_model(
     """
     device = next(model.parameters()).device
     loss_sum, num_targets, num_correct, num_bytes, num_examples = 0.0, 0, 0, 0, 0
+    num_sentences, num_sentences_correct = 0, 0
     all_bytes_known = kind == "text" and objective.head == "causal_lm"
     labels: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
@@ -128,6 +129,8 @@ def evaluate_model(
                 loss_sum += scores.loss_sum
                 num_targets += scores.num_targets
                 num_correct += scores.num_correct
+                num_sentences += scores.num_sentences
+                num_sentences_correct += scores.num_sentences_correct
                 if scores.logits_DC is not None and scores.label_indices_D is not None:
                     logits.append(scores.logits_DC)
                     labels.append(scores.label_indices_D)
@@ -140,6 +143,8 @@ def evaluate_model(
         metrics = language_metrics(loss_sum, num_targets, num_bytes if all_bytes_known else 0)
         if objective.head != "causal_lm":
             metrics["masked_accuracy"] = num_correct / num_targets
+        if num_sentences:
+            metrics["sentence_accuracy"] = num_sentences_correct / num_sentences
         # How often the likeliest token is the right one; of interest, but no metric to stop by.
         return EvaluationResult(
             metrics, num_examples, num_targets, {"token_accuracy": num_correct / num_targets}

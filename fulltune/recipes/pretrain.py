@@ -17,6 +17,7 @@ from fulltune.data.joined import JoinedDataset
 from fulltune.data.preview import check, examine
 from fulltune.data.records import source_fingerprint
 from fulltune.data.sections import Sections
+from fulltune.data.sentence_pairs import SentencePairsConfig
 from fulltune.data.splits import Source, parse_validation, split_dataset
 from fulltune.errors import ConfigError, ModelError
 from fulltune.models.families import Family, family_of
@@ -31,13 +32,14 @@ from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.causal_stream import CausalStream
 from fulltune.objectives.masked_lm import MaskedLM, MaskingConfig
 from fulltune.objectives.permutation_lm import PermutationConfig, PermutationLM
+from fulltune.objectives.sentence_order import SentenceOrder
 from fulltune.recipes import finetune
 from fulltune.recipes.prepare import Base, Prepared, open_base
 from fulltune.recipes.prepare import prepare as prepare_windows
 from fulltune.runtime import cache_dir, num_cores
 from fulltune.tracking import Display
 
-Name = Literal["causal_lm", "masked_lm", "permutation_lm"]
+Name = Literal["causal_lm", "masked_lm", "sentence_pairs", "permutation_lm"]
 
 
 class ObjectiveConfig(Settings):
@@ -51,6 +53,7 @@ class ObjectiveConfig(Settings):
     """`causal_lm`: join documents end to end, so that a window may hold several; otherwise each
     window holds one document, or a part of it, and windows are packed apart."""
     masking: MaskingConfig = MaskingConfig()
+    pairs: SentencePairsConfig = SentencePairsConfig()
     permutation: PermutationConfig = PermutationConfig()
 
 
@@ -92,6 +95,12 @@ def _masked_lm(base: Base, family: Family, config: ObjectiveConfig, length: int)
     return MaskedLM(base.tokenizer, length, config.masking, packing=family.can_pack)
 
 
+def _sentence_order(base: Base, family: Family, config: ObjectiveConfig, length: int) -> Objective:
+    return SentenceOrder(
+        base.tokenizer, length, config.masking, config.pairs, packing=family.can_pack
+    )
+
+
 def _permutation_lm(base: Base, family: Family, config: ObjectiveConfig, length: int) -> Objective:
     return PermutationLM(base.tokenizer, length, config.permutation)
 
@@ -99,6 +108,13 @@ def _permutation_lm(base: Base, family: Family, config: ObjectiveConfig, length:
 OBJECTIVES: dict[str, Kind] = {
     "causal_lm": Kind("causal_lm", ("gpt",), _causal_lm, ("stream",), metrics=()),
     "masked_lm": Kind("masked_lm", ("bert",), _masked_lm, ("masking",)),
+    "sentence_pairs": Kind(
+        "sentence_order",
+        ("bert",),
+        _sentence_order,
+        ("masking", "pairs"),
+        metrics=("masked_accuracy", "sentence_accuracy"),
+    ),
     "permutation_lm": Kind("permutation_lm", ("xlnet",), _permutation_lm, ("permutation",)),
 }
 

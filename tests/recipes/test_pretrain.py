@@ -85,6 +85,7 @@ CASES = [
     ("llama-tiny", "tiny_llama", {"length": 32, "stream": True}),
     ("bert-tiny", "tiny_bert", {"length": 32}),
     ("bert-tiny", "tiny_bert", {"length": 32, "masking": {"rate": 0.3, "whole_words": True}}),
+    ("bert-tiny", "tiny_bert", {"name": "sentence_pairs", "length": 48}),
     ("xlnet-tiny", "tiny_bert", {"length": 32}),
     ("xlnet-tiny", "tiny_bert", {"length": 32, "permutation": {"memory_length": 16}}),
 ]
