@@ -24,6 +24,7 @@ SUBJECTS = ("the river", "a painter", "the old house", "every bird", "no winter"
 VERBS = ("crosses", "remembers", "paints", "forgets", "follows", "answers")
 主语 = ("我们的老师", "北京的冬天", "那条大河", "每一只鸟", "没有人", "市场")
 谓语 = ("记得", "穿过", "忘记了", "跟着", "回答", "喜欢")
+SIZES = {"gpt": 300, "bert": 140, "xlnet": 230}
 
 
 def texts() -> list[str]:
@@ -81,8 +82,8 @@ def test_gpt_ends_and_pads_with_endoftext(gpt: PreTrainedTokenizerFast, tmp_path
 
 
 def test_bert_gives_segments_and_splits_chinese_into_characters(tmp_path: Path) -> None:
-    tokenizer = saved(train("bert", 200), tmp_path / "bert")
-    assert len(tokenizer) == 200
+    tokenizer = saved(train("bert", 140), tmp_path / "bert")
+    assert len(tokenizer) == 140
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     assert tokenizer.convert_tokens_to_ids(special) == [0, 1, 2, 3, 4]
     assert tokenizer.mask_token == "[MASK]"
@@ -95,7 +96,7 @@ def test_bert_gives_segments_and_splits_chinese_into_characters(tmp_path: Path) 
 
 
 def test_bert_in_lower_case_reads_capitals_and_accents_alike() -> None:
-    tokenizer = train("bert", 150, lowercase=True)
+    tokenizer = train("bert", 130, lowercase=True)
     assert tokenizer.encode("Thé RIVER") == tokenizer.encode("the river")
     assert tokenizer.unk_token_id not in tokenizer.encode("THE RIVER")
 
@@ -127,15 +128,20 @@ def test_t5_has_its_sentinels_count_down_from_the_top(
     assert 299 in tokenizer.encode("The <extra_id_0> crosses")
 
 
-def test_unigram_reads_chinese_without_spaces_in_pieces_of_several_characters(
-    t5: PreTrainedTokenizerFast,
-) -> None:
-    text = "北京的冬天记得那条大河。"
-    pieces = t5.tokenize(text)
-    assert t5.unk_token not in pieces
-    assert len(pieces) < len(text)
-    assert t5.decode(t5.encode(text), skip_special_tokens=True) == text
-    assert t5.tokenize("ＴＨＥ") == t5.tokenize("THE")  # NFKC
+def test_unigram_reads_chinese_without_spaces_in_pieces_of_several_characters() -> None:
+    words = [*主语, *谓语]
+    lines = [
+        "".join(words[(number * step + step * step) % 12] for step in range(1, 8)) + "。"
+        for number in range(500)
+    ]
+    config = build_config(TokenizerConfig, {"family": "t5", "vocab_size": 180})
+    tokenizer = train_tokenizer(lines, config)
+    text = "那条大河记得北京的冬天。"
+    pieces = tokenizer.tokenize(text)
+    assert tokenizer.unk_token not in pieces
+    assert len(pieces) < len(text) / 2
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+    assert tokenizer.tokenize("北京　市场！") == tokenizer.tokenize("北京 市场!")  # NFKC
 
 
 def test_characters_are_one_token_each_and_decode_to_themselves(tmp_path: Path) -> None:
@@ -173,7 +179,7 @@ def test_a_vocabulary_smaller_than_the_alphabet_is_refused(family: str) -> None:
 
 def test_rare_characters_beyond_the_coverage_are_unknown() -> None:
     documents = ["the river crosses the market " * 50] * 20 + ["the market of 龘"]
-    values = {"family": "t5", "vocab_size": 125, "character_coverage": 0.9999}
+    values = {"family": "t5", "vocab_size": 121, "character_coverage": 0.9999}
     tokenizer = train_tokenizer(documents, build_config(TokenizerConfig, values))
     statistics = measure_tokenizer(tokenizer, ["river 龘 market"])
     assert statistics.coverage == pytest.approx(12 / 13)
@@ -183,9 +189,9 @@ TRAIN_IN_A_PROCESS = """
 import hashlib, sys
 from fulltune.data.tokenizers import TokenizerConfig, train_tokenizer
 sys.path.insert(0, sys.argv[1])
-from test_tokenizers import texts
-for family in ("gpt", "bert", "xlnet"):
-    tokenizer = train_tokenizer(texts(), TokenizerConfig(family=family, vocab_size=300))
+from test_tokenizers import SIZES, texts
+for family, size in SIZES.items():
+    tokenizer = train_tokenizer(texts(), TokenizerConfig(family=family, vocab_size=size))
     print(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest())
 """
 
@@ -195,13 +201,13 @@ def test_the_same_text_gives_the_same_bytes_in_another_process() -> None:
     command = [sys.executable, "-c", TRAIN_IN_A_PROCESS, str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     here = [
-        hashlib.sha256(train(family, 300).backend_tokenizer.to_str().encode()).hexdigest()
-        for family in ("gpt", "bert", "xlnet")
+        hashlib.sha256(train(family, SIZES[family]).backend_tokenizer.to_str().encode()).hexdigest()
+        for family in SIZES
     ]
     assert done.stdout.split() == here
 
 
-@pytest.mark.parametrize("family", ["gpt", "bert", "xlnet"])
+@pytest.mark.parametrize("family", SIZES)
 def test_training_takes_documents_one_at_a_time_from_an_iterator(family: str) -> None:
     taken = 0
 
@@ -211,10 +217,13 @@ def test_training_takes_documents_one_at_a_time_from_an_iterator(family: str) ->
             taken += 1
             yield text
 
-    config = build_config(TokenizerConfig, {"family": family, "vocab_size": 300})
+    config = build_config(TokenizerConfig, {"family": family, "vocab_size": SIZES[family]})
     tokenizer = train_tokenizer(stream(), config)
     assert taken == len(texts())
-    assert tokenizer.backend_tokenizer.to_str() == train(family, 300).backend_tokenizer.to_str()
+    assert (
+        tokenizer.backend_tokenizer.to_str()
+        == train(family, SIZES[family]).backend_tokenizer.to_str()
+    )
 
 
 def test_an_error_in_the_data_comes_through_the_trainers() -> None:
