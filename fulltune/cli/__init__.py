@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 
 import typer
 
-from fulltune.cli import train, use, attention, listing  # isort: skip  (in the order of `--help`)
+# In the order of `--help`.
+from fulltune.cli import train, tokenizer, corpus, use, attention, listing  # isort: skip
 from fulltune.cli.app import app
 from fulltune.errors import FulltuneError
 
-__all__ = ["attention", "listing", "main", "train", "use"]
+__all__ = ["attention", "corpus", "listing", "main", "tokenizer", "train", "use"]
 
 # Newer versions of typer carry a click of their own; this is the base of its errors in either.
 CommandLineError: type[Exception] = next(
