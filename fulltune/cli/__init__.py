@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 
 import typer
 
-from fulltune.cli import train, use, listing  # isort: skip  (in the order of `--help`)
+from fulltune.cli import train, corpus, use, listing  # isort: skip  (in the order of `--help`)
 from fulltune.cli.app import app
 from fulltune.errors import FulltuneError
 
-__all__ = ["listing", "main", "train", "use"]
+__all__ = ["corpus", "listing", "main", "train", "use"]
 
 # Newer versions of typer carry a click of their own; this is the base of its errors in either.
 CommandLineError: type[Exception] = next(

@@ -129,7 +129,7 @@ def refusal_by_length(text: str, config: LengthConfig) -> str | None:
 
 
 class LanguageFilter:
-    """Which language a document is in, by py3langid (a naive Bayes model of 97 languages).
+    """Which language a document is in, by py3langid (a naive Bayes model of 140 languages).
 
     Args:
         languages: codes that are kept, `en`, `zh`.
@@ -147,7 +147,7 @@ class LanguageFilter:
                 "`languages` needs the package `py3langid`, which is not installed",
                 hint="pip install 'fulltune[corpus]'",
             ) from None
-        self._identifier: Any = langid._get_identifier()
+        self._identifier: Any = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
         known = sorted(self._identifier.labels)
         unknown = [code for code in languages if code not in known]
         if unknown:

@@ -164,9 +164,7 @@ def list_groups(pairs: Any) -> Any:
         yield current, groups
 
 
-def _keep_first(
-    signatures: Path, members: Any, config: NearDuplicatesConfig
-) -> dict[int, int]:
+def _keep_first(signatures: Path, members: Any, config: NearDuplicatesConfig) -> dict[int, int]:
     """A document falls to an earlier one that is itself kept, and is similar by all permutations.
 
     A chain of small changes so does not remove its far end, which nothing kept resembles.
