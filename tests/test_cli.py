@@ -25,7 +25,7 @@ from fulltune.data.tasks import TASKS
 from fulltune.models.families import FAMILIES
 from fulltune.recipes import finetune
 
-VERBS = ("demo", "preview", "finetune", "evaluate", "predict", "chat", "report",
+VERBS = ("demo", "preview", "finetune", "corpus", "evaluate", "predict", "chat", "report",
          "settings", "tasks", "models", "assets")  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 Say = Callable[..., tuple[int, str, str]]

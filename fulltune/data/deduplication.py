@@ -213,4 +213,4 @@ def _band_keys(
 
 def as_pairs(digests: Sequence[bytes]) -> UInt64Array:
     """Digests as uint64 [N, 2]."""
-    return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
+    return np.array(digests, dtype=f"V{DIGEST_BYTES}").view("<u8").reshape(-1, 2)
