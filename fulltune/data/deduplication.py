@@ -10,7 +10,7 @@ Shape suffixes: N documents, P permutations.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -148,12 +148,13 @@ def find_near_duplicates(
         np.concatenate(groups)[by_document].tolist(),
         strict=True,
     )
-    return _keep_first(signatures, list_groups(pairs), config)
+    return _keep_first(signatures, _list_groups(pairs), config)
 
 
-def list_groups(pairs: Any) -> Any:
+def _list_groups(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:
     """(document, its groups) from pairs sorted by document."""
-    current, groups = -1, []
+    current = -1
+    groups: list[int] = []
     for document, group in pairs:
         if document != current and groups:
             yield current, groups
@@ -164,7 +165,9 @@ def list_groups(pairs: Any) -> Any:
         yield current, groups
 
 
-def _keep_first(signatures: Path, members: Any, config: NearDuplicatesConfig) -> dict[int, int]:
+def _keep_first(
+    signatures: Path, members: Iterable[tuple[int, list[int]]], config: NearDuplicatesConfig
+) -> dict[int, int]:
     """A document falls to an earlier one that is itself kept, and is similar by all permutations.
 
     A chain of small changes so does not remove its far end, which nothing kept resembles.

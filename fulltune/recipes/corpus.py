@@ -163,9 +163,9 @@ def _run(config: Config, folder: Path, plan: dict[str, Any], display: Display) -
     )  # fmt: skip
     display.stage("writing the corpus")
     finished = working / "finished"
-    for split in (finished, folder / TRAIN, folder / VALIDATION):
-        if split.exists():  # of a run that was killed here; the plan says that it was this one
-            shutil.rmtree(split)
+    for begun in (finished, folder / TRAIN, folder / VALIDATION):
+        if begun.exists():  # by a run that was killed here; the plan says that it was this one
+            shutil.rmtree(begun)
     written = write_shards(
         config, decisions, documents, working, num_chunks, finished,
         progress=lambda done, total: display.progress("chunks written", done, total),
