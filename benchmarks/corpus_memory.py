@@ -3,8 +3,8 @@
     python benchmarks/corpus_memory.py --megabytes 20 200
 
 Writes English and Chinese documents of random words, a tenth of them near duplicates, and prepares
-each text with all stages that need no model, in a process of its own. Prints the peak resident
-memory of that process and of its largest worker, and the bytes a document that the difference is.
+each text with all stages but the language filter, in a process of its own. Prints the peak resident
+memory of that process, and how many bytes a document the difference is.
 """
 
 from __future__ import annotations

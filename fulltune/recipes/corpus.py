@@ -101,7 +101,14 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
         shown.stage("hashing the sources")
         plan = _make_plan(config)
         with locked(folder, doing="preparing a corpus", setting="output"), _write_errors(folder):
-            return _run(config, folder, plan, shown)
+            try:
+                return _run(config, folder, plan, shown)
+            except KeyboardInterrupt:
+                shown.notice("interrupted; finished chunks are kept, go on with `--resume`")
+                raise
+            except DataError:
+                _remove_if_nothing_is_done(folder)
+                raise
 
 
 def _check_settings(config: Config) -> None:
@@ -213,10 +220,17 @@ def _check_folder(folder: Path, config: Config, *, resume: bool) -> None:
         raise RunFolderError(
             f"`{folder}` holds {'a finished' if finished else 'an unfinished'} corpus",
             hint="give `output` another name"
-            + ("" if finished else ", or go on with it by `--resume`"),
+            + ("" if finished else f", go on with it by `--resume`, or remove {folder / WORKING}"),
         )
     if finished:
         _check_same(folder, _read_manifest(folder), _settings(config))
+
+
+def _remove_if_nothing_is_done(folder: Path) -> None:
+    """A source that failed at its beginning leaves nothing that would be in the way."""
+    working = folder / WORKING
+    if not any(working.glob("chunk-*.arrow")):
+        shutil.rmtree(working)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -262,7 +276,8 @@ def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
             if found[part][source] != fingerprint:
                 raise RunFolderError(
                     f"`{source}` has changed since the corpus in `{folder}` was begun",
-                    hint="give `output` another name, or restore the file",
+                    hint="give `output` another name, restore the file, or remove "
+                    f"{folder / WORKING}",
                 )
     if found["version"] != plan["version"]:
         raise RunFolderError(
@@ -286,7 +301,8 @@ def _check_same(folder: Path, found: dict[str, Any], settings: dict[str, Any]) -
         raise RunFolderError(
             f"`{folder}` holds a corpus of other settings (differs in "
             f"{', '.join(f'`{key}`' for key in differing)})",
-            hint="give `output` another name, or resume with the settings it was begun with",
+            hint="give `output` another name, or resume with the settings it was begun with"
+            + (f", or remove {folder / WORKING}" if (folder / WORKING).exists() else ""),
         )
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ def test_the_number_of_processes_changes_no_byte(num_workers: int) -> None:
     assert contents("one") == contents("other")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(here: Path) -> None:
     texts = make_texts(24_000)
     write_rows("raw.jsonl", texts + [text + " end" for text in texts[:100]])
@@ -238,3 +240,29 @@ def test_a_prepared_corpus_is_what_a_run_trains_on(here: Path, tiny_llama: Path)
     result = finetune.run(config)
     assert result.step == 2
     assert result.metrics
+
+
+def test_a_corrected_source_starts_anew_where_nothing_was_done() -> None:
+    Path("raw.jsonl").write_text('{"text": "a"\n')
+    with pytest.raises(DataError, match=r"raw\.jsonl:1: not JSON"):
+        corpus.run(make_config())
+    write_rows("raw.jsonl", make_texts(30))
+    assert corpus.run(make_config()).manifest["read"]["documents"] == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "documents"), [("raw.jsonl", "file"), ("raw.txt", "line"), ("raw.txt", "blank_line")]
+)
+def test_one_huge_line_is_refused_and_never_held(name: str, documents: str) -> None:
+    with Path(name).open("w") as file:
+        file.write('{"text": "' if name.endswith("jsonl") else "")
+        for _ in range(48):
+            file.write("x" * 2**20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=rf"{name}:1: a (line|document) of more than"):
+            corpus.run(make_config(sources=name, documents=documents, longest_document=1000))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 12 * 2**20
