@@ -20,6 +20,7 @@ from fulltune.config import build_config, dump_config
 from fulltune.data.records import read_records
 from fulltune.errors import ConfigError, DataError, FulltuneError, RunFolderError
 from fulltune.recipes import corpus, finetune
+from fulltune.train.run_folder import locked
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "tu", "se") for b in ("ra", "do", "ni", "p", "st")]
 CHARACTERS = "天地人你我他山水花草树木春夏秋冬东南西北大小多少高低"
@@ -148,21 +149,22 @@ def test_the_number_of_processes_changes_no_byte(num_workers: int) -> None:
 def test_a_killed_run_goes_on_to_the_same_bytes(here: Path) -> None:
     texts = make_texts(24_000)
     write_rows("raw.jsonl", texts + [text + " end" for text in texts[:100]])
-    settings: dict[str, Any] = {"near_duplicates": {"threshold": 0.8}}
+    settings: dict[str, Any] = {"near_duplicates": {"threshold": 0.8}, "shard_bytes": 20_000}
     corpus.run(make_config(output="whole", **settings))
     Path("c.yaml").write_text(dump_config(make_config(num_workers=2, **settings)))
     command = [sys.executable, "-m", "fulltune", "corpus", "c.yaml", "--resume"]
     num_killed = 0
-    for wanted in (1, 3, 5):
+    for pattern, wanted in (("chunk-*.arrow", 1), ("chunk-*.arrow", 4), ("finished/train/*", 5)):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None:
-            if len(list(Path("out/.working").glob("chunk-*.arrow"))) >= wanted:
+            if len(list(Path("out/.working").glob(pattern))) >= wanted:
                 os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.002)
         num_killed += process.wait() == -signal.SIGKILL
     assert num_killed >= 2
     assert not Path("out/manifest.json").exists()
+    assert list(Path("out/.working").glob("finished/train/*"))
     with pytest.raises(RunFolderError, match="unfinished corpus"):
         corpus.run(make_config(**settings))
     with pytest.raises(RunFolderError, match="differs in `seed`"):
@@ -175,6 +177,11 @@ def test_no_other_folder_is_written_into(here: Path) -> None:
     write_rows("raw.jsonl", make_texts(50))
     corpus.run(make_config())
     before = contents("out")
+    with (
+        locked(Path("busy"), doing="preparing a corpus", setting="output"),
+        pytest.raises(RunFolderError, match="another process is preparing a corpus in `busy`"),
+    ):
+        corpus.run(make_config(output="busy"))
     with pytest.raises(RunFolderError, match="holds a finished corpus"):
         corpus.run(make_config())
     assert corpus.run(make_config(num_workers=2), resume=True).already_finished
