@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fulltune.data.corpus import Amount, CorpusConfig, Removed, chunk_path, read_chunk
+from fulltune.data.corpus import CorpusConfig, chunk_path, read_chunk
+from fulltune.data.corpus_counts import Amount, Removed
 from fulltune.data.deduplication import (
     Int64Array,
     as_pairs,

@@ -21,7 +21,8 @@ from pydantic import Field
 import fulltune
 from fulltune.config import build_config, differing_keys
 from fulltune.data.cleaning import LanguageFilter
-from fulltune.data.corpus import Amount, CorpusConfig, Removed, Tally, write_chunks
+from fulltune.data.corpus import CorpusConfig, write_chunks
+from fulltune.data.corpus_counts import Amount, Removed, Tally
 from fulltune.data.corpus_shards import (
     EVALUATION,
     EXACT,
