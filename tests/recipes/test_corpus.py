@@ -173,6 +173,25 @@ def test_a_killed_run_goes_on_to_the_same_bytes(here: Path) -> None:
     assert contents("out") == contents("whole")
 
 
+def test_ctrl_c_keeps_the_finished_chunks_and_says_so() -> None:
+    write_rows("raw.jsonl", make_texts(24_000))
+    Path("c.yaml").write_text(
+        dump_config(make_config(num_workers=2, near_duplicates={"threshold": 0.8}))
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fulltune", "corpus", "c.yaml"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    while process.poll() is None and not list(Path("out/.working").glob("chunk-*.arrow")):
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert b"Traceback" not in said
+    assert b"go on with `--resume`" in said
+    assert list(Path("out/.working").glob("chunk-*.arrow"))
+
+
 def test_no_other_folder_is_written_into(here: Path) -> None:
     write_rows("raw.jsonl", make_texts(50))
     corpus.run(make_config())
