@@ -10,7 +10,7 @@ Shape suffixes: N documents, P permutations.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -137,60 +137,62 @@ def find_near_duplicates(
         shared = np.zeros(len(order), dtype=bool)
         shared[1:] |= equal
         shared[:-1] |= equal
-        group = num_groups + np.cumsum(np.concatenate([[True], ~equal]))
+        begins = np.concatenate([[True], ~equal])[shared]
         documents.append(candidates[order[shared]])
-        groups.append(group[shared])
-        num_groups = int(group[-1])
+        groups.append(num_groups - 1 + np.cumsum(begins))
+        num_groups += int(begins.sum())
     of_document = np.concatenate(documents)
     by_document = np.argsort(of_document, kind="stable")
-    pairs = zip(
-        of_document[by_document].tolist(),
-        np.concatenate(groups)[by_document].tolist(),
-        strict=True,
-    )
-    return _keep_first(signatures, _list_groups(pairs), config)
-
-
-def _list_groups(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, list[int]]]:
-    """(document, its groups) from pairs sorted by document."""
-    current = -1
-    groups: list[int] = []
-    for document, group in pairs:
-        if document != current and groups:
-            yield current, groups
-            groups = []
-        current = document
-        groups.append(group)
-    if groups:
-        yield current, groups
+    of_group = np.concatenate(groups)[by_document]
+    del documents, groups
+    return _keep_first(signatures, of_document[by_document], of_group, num_groups, config)
 
 
 def _keep_first(
-    signatures: Path, members: Iterable[tuple[int, list[int]]], config: NearDuplicatesConfig
+    signatures: Path,
+    documents: Int64Array,
+    groups: Int64Array,
+    num_groups: int,
+    config: NearDuplicatesConfig,
 ) -> dict[int, int]:
     """A document falls to an earlier one that is itself kept, and is similar by all permutations.
 
     A chain of small changes so does not remove its far end, which nothing kept resembles.
+
+    Args:
+        signatures: a file of uint32 [N, P].
+        documents: ascending, each as often as it shares a band with others.
+        groups: which documents share it; as long as ``documents``.
+        num_groups: groups are numbered from 0.
+        config: with a threshold.
     """
     assert config.threshold is not None
     duplicates: dict[int, int] = {}
-    kept_in_group: dict[int, list[int]] = {}
+    # Nearly always one document of a group is kept; lists for all would be most of the memory.
+    first_kept = np.full(num_groups, -1, dtype=np.int64)
+    also_kept: dict[int, list[int]] = {}
+    starts = np.flatnonzero(np.diff(documents, prepend=-1))
     with signatures.open("rb") as file:
 
         def signature(document: int) -> npt.NDArray[np.uint32]:
             file.seek(document * config.permutations * 4)
             return np.frombuffer(file.read(config.permutations * 4), dtype="<u4")
 
-        for document, groups in members:
-            earlier = sorted({kept for group in groups for kept in kept_in_group.get(group, ())})
+        for start, end in zip(starts, np.append(starts[1:], len(documents)), strict=True):
+            document, own_groups = int(documents[start]), groups[start:end]
+            heads = first_kept[own_groups]
+            earlier = {head for head in heads.tolist() if head >= 0}
+            for group in own_groups[heads >= 0].tolist():
+                earlier.update(also_kept.get(group, ()))
             own = signature(document) if earlier else None
-            for kept in earlier:
+            for kept in sorted(earlier):
                 if float(np.mean(signature(kept) == own)) >= config.threshold:
                     duplicates[document] = kept
                     break
             else:
-                for group in groups:
-                    kept_in_group.setdefault(group, []).append(document)
+                first_kept[own_groups[heads < 0]] = document
+                for group in own_groups[heads >= 0].tolist():
+                    also_kept.setdefault(group, []).append(document)
     return duplicates
 
 

@@ -151,6 +151,15 @@ def test_near_duplicates_are_found_and_others_kept(tmp_path: Path, text: str) ->
     assert near_duplicates(tmp_path, [text, other, edited]) == {2: 0}
 
 
+def test_a_chain_of_changes_keeps_its_far_end(tmp_path: Path) -> None:
+    words = [f"word{number}" for number in range(200)]
+    # Neighbours share 81 % of their shingles, the ends 66 %.
+    chain = [" ".join(words[shift : shift + 150]) for shift in (0, 15, 30)]
+    assert near_duplicates(tmp_path, chain[1:], threshold=0.73) == {1: 0}
+    found = near_duplicates(tmp_path, [*chain, chain[2] + " end"], threshold=0.73)
+    assert found == {1: 0, 3: 2}
+
+
 def test_texts_shorter_than_a_shingle_are_not_all_alike(tmp_path: Path) -> None:
     assert near_duplicates(tmp_path, ["yes", "no", "…", "!!", "好"]) == {}
 
