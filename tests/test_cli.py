@@ -25,7 +25,8 @@ from fulltune.data.tasks import TASKS
 from fulltune.models.families import FAMILIES
 from fulltune.recipes import finetune
 
-VERBS = ("demo", "preview", "finetune", "evaluate", "predict", "chat", "report", "attention",
+VERBS = ("demo", "preview", "finetune", "pretrain", "corpus", "evaluate", "predict", "chat",
+         "report", "attention",
          "settings", "tasks", "models", "assets")  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 Say = Callable[..., tuple[int, str, str]]
@@ -288,6 +289,28 @@ def test_colour_is_for_terminals_and_can_be_refused() -> None:
     assert b"finetun" in coloured
     assert b"\x1b[" not in on_terminal(NO_COLOR="1")
     assert "\x1b[" not in run_process("finetun").stderr
+
+
+def test_a_corpus_is_prepared_with_a_table_or_json(say: Say, tmp_path: Path) -> None:
+    rows = [{"text": f"document number {number}, 第{number}篇"} for number in range(40)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in [*rows, rows[0]]]
+    (tmp_path / "raw.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings = tmp_path / "corpus.yaml"
+    settings.write_text(f"sources: {tmp_path / 'raw.jsonl'}\noutput: {tmp_path / 'out'}\n")
+    code, output, errors = say("corpus", settings, "validation=10%")
+    assert code == 0, errors
+    assert "exact duplicates" in output
+    assert "Traceback" not in errors
+    code, output, errors = say("corpus", settings, "validation=10%")
+    assert code == 2
+    assert "finished corpus" in errors
+    code, output, errors = say("corpus", settings, f"output={tmp_path / 'other'}", "--json")
+    assert code == 0, errors
+    manifest = json.loads(output)
+    assert manifest["read"]["documents"] == 41
+    assert set(manifest["splits"]) == {"train", "validation"}
+    code, output, errors = say("settings", "corpus", "--json")
+    assert {row["key"] for row in json.loads(output)} >= {"sources", "near_duplicates.threshold"}
 
 
 def test_ctrl_c_while_tokenizing_ends_with_130_and_no_traceback(

@@ -13,15 +13,17 @@ from fulltune.cli.printing import print_json, print_table
 @app.command(rich_help_panel=LIST)
 def settings(
     verb: Annotated[
-        Literal["finetune", "pretrain"], typer.Argument(help="The verb whose settings to list.")
+        Literal["finetune", "pretrain", "corpus"],
+        typer.Argument(help="The verb whose settings to list."),
     ] = "finetune",
     as_json: Json = False,
 ) -> None:
     """List every setting with what it accepts, its default and its meaning."""
-    from fulltune.config import list_settings
-    from fulltune.recipes import finetune, pretrain
+    from importlib import import_module
 
-    rows = list(list_settings({"finetune": finetune, "pretrain": pretrain}[verb].Config))
+    from fulltune.config import list_settings
+
+    rows = list(list_settings(import_module(f"fulltune.recipes.{verb}").Config))
     if as_json:
         print_json([vars(row) for row in rows])
         return

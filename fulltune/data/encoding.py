@@ -11,12 +11,9 @@ import hashlib
 import io
 import itertools
 import json
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import re
 import secrets
-import signal
 import threading
 import time
 from array import array
@@ -34,6 +31,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fulltune.data.formats import RecordFormat, make_example, recognise_format
+from fulltune.data.processes import interrupted_afterwards, process_context, tie_to_parent
 from fulltune.data.records import Record, read_records, source_fingerprint
 from fulltune.data.tasks import Example, TaskConfig, TaskKind
 from fulltune.errors import DataError, FulltuneError
@@ -451,7 +449,7 @@ def _encode_chunks(
     waiting: deque[tuple[Future[str], int]] = deque()
     with ProcessPoolExecutor(
         num_workers,
-        mp_context=_process_context(work.encode),
+        mp_context=process_context(__name__, work.encode.__module__),
         initializer=_start_worker,
         initargs=(work,),
     ) as pool:
@@ -460,7 +458,7 @@ def _encode_chunks(
                 if isinstance(item, FulltuneError):
                     failure = item
                     break
-                with _interrupted_afterwards():
+                with interrupted_afterwards():
                     future = pool.submit(_encode_chunk, item)
                 waiting.append((future, len(item.records)))
                 if len(waiting) == 2 * num_workers:
@@ -490,61 +488,12 @@ def _chunks_then_error(chunks: Iterator[_Chunk]) -> Iterator[_Chunk | FulltuneEr
         yield error
 
 
-def _process_context(encode: Encode) -> Any:
-    # A forked copy of a process with threads (torch, a progress display) may hang for ever.
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    # Imported once and then shared by all workers, instead of seconds in each.
-    context.set_forkserver_preload(["__main__", __name__, encode.__module__])
-    _start_fork_server()
-    return context
-
-
-def _start_fork_server() -> None:
-    """Start it deaf to Ctrl-C, which would meet it in its imports: the parent alone answers."""
-    if threading.current_thread() is not threading.main_thread():
-        multiprocessing.forkserver.ensure_running()
-        return
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-@contextmanager
-def _interrupted_afterwards() -> Iterator[None]:
-    """A worker that is half started when its parent leaves would end in a traceback."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    noted: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if noted:
-        signal.raise_signal(signal.SIGINT)
-
-
 def _start_worker(work: _Work) -> None:
     global _work
     _work = work
     # The tokenizers have no other switch. The processes are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Ctrl-C reaches every process of a terminal; the parent alone answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    tie_to_parent()
 
 
 def _encode_chunk(chunk: _Chunk) -> str:

@@ -5,6 +5,7 @@ What a row means is the business of `formats.py`. Memory stays flat: nothing her
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import hashlib
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from fulltune.assets import fetch, find_asset, list_assets
+from fulltune.data.plain_text import bounded_lines, split_documents
 from fulltune.errors import DataError, MissingExtraError
 
 STANDARD_INPUT = "-"
@@ -74,7 +76,22 @@ class _File:
         return cast(BinaryIO, unpacked)
 
 
-def read_records(source: str, *, limit: int | None = None) -> Iterator[Record]:
+@dataclass(frozen=True, slots=True)
+class TextReading:
+    """How plain text is cut into documents, and how much of any file is held at once."""
+
+    boundary: str = "file"
+    """What ends a document: `file`, `blank_line`, `line`, or the text of a line between them."""
+    longest: int | None = None
+    """Longest document in characters; null leaves lines and documents as long as they are."""
+
+
+WHOLE_FILES = TextReading()
+
+
+def read_records(
+    source: str, *, limit: int | None = None, reading: TextReading = WHOLE_FILES
+) -> Iterator[Record]:
     """Rows of a source in a fixed order, one at a time.
 
     Args:
@@ -82,11 +99,12 @@ def read_records(source: str, *, limit: int | None = None) -> Iterator[Record]:
             nothing else, so that a README is not data), `asset:NAME`, `hub:OWNER/NAME[:SPLIT]`, a
             folder saved by `datasets`, or `-` for JSON Lines from standard input.
         limit: stop after so many rows.
+        reading: how plain text is cut into documents.
 
     Raises:
         DataError: naming the file, and the line where there is one.
     """
-    return itertools.islice(_read_source(source), limit)
+    return itertools.islice(_read_source(source, reading), limit)
 
 
 def check_source(source: str) -> None:
@@ -137,7 +155,7 @@ def _hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_source(source: str) -> Iterator[Record]:
+def _read_source(source: str, reading: TextReading) -> Iterator[Record]:
     if source == STANDARD_INPUT:
         rows: Iterable[tuple[int, dict[str, Any]]] = _parse_jsonl(
             sys.stdin.buffer, "standard input"
@@ -147,7 +165,7 @@ def _read_source(source: str) -> Iterator[Record]:
         yield from _named_rows(source, _read_datasets(source))
     else:
         for file in _list_files(source):
-            yield from _named_rows(file.name, _read_file(file))
+            yield from _named_rows(file.name, _read_file(file, reading))
 
 
 def _named_rows(name: str, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[Record]:
@@ -199,6 +217,11 @@ def _list_files(source: str) -> list[_File]:
 
 
 def _list_folder(folder: Path, name: str) -> list[_File]:
+    if (folder / "manifest.json").is_file() and (folder / "train" / "train-00000.arrow").is_file():
+        raise DataError(
+            f"`{name}` is a prepared corpus, which holds training and validation apart",
+            hint=f"name one: `{name}/train` or `{name}/validation`",
+        )
     files = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
@@ -207,7 +230,7 @@ def _list_folder(folder: Path, name: str) -> list[_File]:
             file = _recognise_file(path, f"{name}/{path.relative_to(folder).as_posix()}")
             if file is not None and not entry.startswith("."):
                 files.append(file)
-    tables = [file for file in files if file.suffix not in (".txt", ".md")]
+    tables = [file for file in files if file.suffix not in _PLAIN_TEXT]
     if not files:
         raise DataError(
             f"folder `{name}` holds no data file", hint=f"known are {_known_suffixes()}"
@@ -254,9 +277,20 @@ def _listed(names: Iterable[str]) -> str:
 # Formats of files
 
 
-def _read_file(file: _File) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_file(file: _File, reading: TextReading) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        yield from _READERS[file.suffix](file)
+        if file.suffix in _PLAIN_TEXT and reading.boundary != WHOLE_FILES.boundary:
+            with file.open_text() as text:
+                yield from split_documents(
+                    text, reading.boundary, longest=reading.longest, name=file.name
+                )
+        elif file.suffix in _JSON_LINES and reading.longest is not None:
+            # An escaped character takes up to twelve bytes; other columns may stand beside a text.
+            most_bytes = 12 * reading.longest + _READ_BYTES
+            with file.open() as stream:
+                yield from _parse_jsonl(bounded_lines(stream, most_bytes, file.name), file.name)
+        else:
+            yield from _READERS[file.suffix](file)
     except UnicodeDecodeError:
         with file.open() as stream:
             raise _bad_encoding(file.name, stream) from None
@@ -277,21 +311,29 @@ def _unreadable(name: str, error: Exception, *, compressed: str | None = None) -
     )
 
 
-def _bad_encoding(name: str, stream: Iterable[bytes]) -> DataError:
-    for number, line in enumerate(stream, start=1):
+def _bad_encoding(name: str, stream: BinaryIO) -> DataError:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    number, num_before = 1, 0  # bytes of this line in the pieces before: a line may be huge
+    while True:
+        piece = stream.readline(_READ_BYTES)
+        pending = len(decoder.getstate()[0])
         try:
-            line.decode()
+            decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
-            return _bad_line(name, number, line, error)
-    raise AssertionError(f"{name} was undecodable a moment ago")
+            return _bad_line(name, number, error.object, error, num_before=num_before - pending)
+        assert piece, f"{name} was undecodable a moment ago"
+        num_before += len(piece)
+        if piece.endswith(b"\n"):
+            number, num_before = number + 1, 0
 
 
-def _bad_line(name: str, number: int, line: bytes, error: UnicodeDecodeError) -> DataError:
-    wide = number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff")
+def _bad_line(
+    name: str, number: int, line: bytes, error: UnicodeDecodeError, *, num_before: int = 0
+) -> DataError:
+    byte = num_before + error.start + 1
+    wide = (number, byte) == (1, 1) and line[:2] in (b"\xff\xfe", b"\xfe\xff")
     encoding = "UTF-16" if wide else "WINDOWS-1252"
-    found = (
-        "it begins like UTF-16" if wide else f"byte {error.start + 1} is 0x{line[error.start]:02x}"
-    )
+    found = "it begins like UTF-16" if wide else f"byte {byte} is 0x{line[error.start]:02x}"
     return DataError(
         f"{name}:{number}: not UTF-8: {found}",
         hint="convert it, for example "
@@ -579,6 +621,10 @@ _READERS: dict[str, _Reader] = {
     ".txt": _read_text,
     ".md": _read_text,
 }
+
+
+_PLAIN_TEXT = (".txt", ".md")
+_JSON_LINES = (".jsonl", ".ndjson")
 
 
 # Data sets of the `datasets` package

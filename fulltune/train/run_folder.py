@@ -109,11 +109,16 @@ def create_run_folder(folder: Path, config: Settings) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Generator[None]:
+def locked(folder: Path, *, doing: str = "training", setting: str = "run_dir") -> Generator[None]:
     """Make the folder, and hold it for this process; the lock ends with it, however it ends.
 
+    Args:
+        folder: made where it is not.
+        doing: what the other process does, for the message.
+        setting: the setting that names the folder.
+
     Raises:
-        RunFolderError: another process trains in it, or it cannot be written.
+        RunFolderError: another process works in it, or it cannot be written.
     """
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,8 +128,8 @@ def locked(folder: Path) -> Generator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunFolderError(
-                f"another process is training in `{folder}`",
-                hint="wait for it, or give `run_dir` another name",
+                f"another process is {doing} in `{folder}`",
+                hint=f"wait for it, or give `{setting}` another name",
             ) from None
         yield
 

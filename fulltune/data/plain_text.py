@@ -1,0 +1,75 @@
+"""Plain text cut into documents, and lines of a bounded length; nothing here holds a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import IO, Any, BinaryIO
+
+from fulltune.errors import DataError
+
+LIMIT_HINT = "cut it into shorter documents, or raise `longest_document`"
+
+
+def split_documents(
+    stream: IO[str], boundary: str, *, longest: int | None, name: str
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The documents of a plain text with the line each begins at.
+
+    Args:
+        stream: the text, opened with universal line ends.
+        boundary: `line`, `blank_line`, or what stands alone on the line between two documents.
+        longest: most characters of a document; null for no limit.
+        name: the file, for messages.
+
+    Raises:
+        DataError: a document is longer, with the line it begins at.
+    """
+    lines: list[str] = []
+    start, num_characters = 1, 0
+    most = -1 if longest is None else longest + 2
+    number = 0
+    while line := stream.readline(most):
+        number += 1
+        if _ends_document(line, boundary):
+            if "".join(lines).strip():
+                yield start, {"text": "".join(lines).rstrip("\n")}
+            lines, num_characters = [], 0
+            continue
+        if not lines:
+            start = number
+        lines.append(line)
+        num_characters += len(line.rstrip("\n"))
+        if longest is not None and num_characters > longest:
+            raise DataError(
+                f"{name}:{start}: a document of more than {longest:,} characters", hint=LIMIT_HINT
+            )
+        if boundary == "line":
+            if line.strip():
+                yield number, {"text": line.rstrip("\n")}
+            lines, num_characters = [], 0
+    if "".join(lines).strip():
+        yield start, {"text": "".join(lines).rstrip("\n")}
+
+
+def _ends_document(line: str, boundary: str) -> bool:
+    if boundary == "line":
+        return False
+    if boundary == "blank_line":
+        return not line.strip()
+    return line.rstrip("\n") == boundary
+
+
+def bounded_lines(stream: BinaryIO, most_bytes: int, name: str) -> Iterator[bytes]:
+    """The lines of a file, none of which is held if it is longer than ``most_bytes``.
+
+    Raises:
+        DataError: a line is longer.
+    """
+    number = 0
+    while line := stream.readline(most_bytes + 1):
+        number += 1
+        if len(line) > most_bytes:
+            raise DataError(
+                f"{name}:{number}: a line of more than {most_bytes:,} bytes", hint=LIMIT_HINT
+            )
+        yield line
