@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
     from fulltune.recipes.finetune import Config
 
-STATE_BYTES = {"adamw": 8, "muon": 8, "adafactor": 1}
+STATE_BYTES = {"adamw": 8, "adamw_scaled": 8, "muon": 8, "adafactor": 1}
 """Bytes of optimizer state for each trained parameter, at most."""
 
 
