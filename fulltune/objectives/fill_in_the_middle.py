@@ -50,6 +50,36 @@ def fill_in_the_middle(
     return [prefix_id, suffix_id, *suffix, middle_id, *prefix, *middle]
 
 
+def fill_in_each_document(
+    ids: Sequence[int],
+    generator: np.random.Generator,
+    *,
+    rate: float,
+    prefix_id: int,
+    middle_id: int,
+    suffix_id: int,
+    end_id: int,
+) -> list[int]:
+    """`fill_in_the_middle` of each part of a window that ``end_id`` ends, and of the last part."""
+    rearranged: list[int] = []
+    start = 0
+    while start < len(ids):
+        end = start
+        while end < len(ids) and ids[end] != end_id:
+            end += 1
+        rearranged += fill_in_the_middle(
+            ids[start:end],
+            generator,
+            rate=rate,
+            prefix_id=prefix_id,
+            middle_id=middle_id,
+            suffix_id=suffix_id,
+        )
+        rearranged += ids[end : end + 1]
+        start = end + 1
+    return rearranged
+
+
 def fim_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
     """Ids of the sentinels for prefix, middle and suffix.
 

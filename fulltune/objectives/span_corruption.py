@@ -7,16 +7,19 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NotRequired, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Annotated, Literal, NotRequired, TypedDict
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from fulltune.config import Settings
+from fulltune.data.arranged import Documents
 from fulltune.data.encoding import EncodedExample
-from fulltune.data.streams import Documents, TokenStream
+from fulltune.data.streams import TokenStream
 from fulltune.data.tasks import Example
 from fulltune.errors import DataError, ModelError
 from fulltune.objectives.base import Batch, Scores, tokenizer_fingerprint
@@ -30,8 +33,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-Mixture: TypeAlias = Literal["t5", "ul2"]
 
 
 class SpanCorruptionBatch(TypedDict):
@@ -52,6 +53,28 @@ class SpanCorruptionBatch(TypedDict):
     target_ids: Tensor
 
 
+class SpanConfig(Settings):
+    """`span_corruption`: which tokens are noise."""
+
+    mixture: Literal["t5", "ul2"] = "t5"
+    """`t5` is one kind of noise; `ul2` is seven, one drawn for each example and told by a mode
+    token where the tokenizer has `[NLU]`, `[NLG]` and `[S2S]`."""
+    noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """`t5`: share of the tokens that is noise."""
+    mean_length: Annotated[float, Field(ge=1)] = 3.0
+    """`t5`: tokens of a span of noise, on average."""
+
+    @model_validator(mode="after")
+    def _refuse_settings_without_effect(self) -> SpanConfig:
+        for key in ("noise_density", "mean_length"):
+            if self.mixture == "ul2" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"`objective.spans.{key}` has no effect with `objective.spans.mixture: ul2`; "
+                    "leave it out"
+                )
+        return self
+
+
 @dataclass(frozen=True)
 class SpanCorruption:
     """Rebuild the spans that sentinels stand for.
@@ -63,11 +86,7 @@ class SpanCorruption:
         tokenizer: with the sentinels ``<extra_id_0>``, ``<extra_id_1>``, ..., an end and a pad
             token.
         max_length: tokens of the corrupted inputs.
-        mixture: "t5" is one kind of noise, that of the next two; "ul2" is seven, one drawn for
-            each example and told by a mode token where the tokenizer has ``[NLU]``, ``[NLG]`` and
-            ``[S2S]``.
-        noise_density: share of the tokens that is noise.
-        mean_span_length: of the spans of noise, in tokens.
+        spans: which tokens are noise.
         keep_last: whether the last, shorter window of the stream is kept.
 
     Raises:
@@ -76,9 +95,7 @@ class SpanCorruption:
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    mixture: Mixture = "t5"
-    noise_density: float = 0.15
-    mean_span_length: float = 3.0
+    spans: SpanConfig = field(default_factory=SpanConfig)
     keep_last: bool = True
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -118,9 +135,9 @@ class SpanCorruption:
     @cached_property
     def denoisers(self) -> tuple[Denoiser, ...]:
         """The kinds of noise an example's is drawn from."""
-        if self.mixture == "ul2":
+        if self.spans.mixture == "ul2":
             return UL2_DENOISERS
-        return (Denoiser(self.noise_density, self.mean_span_length),)
+        return (Denoiser(self.spans.noise_density, self.spans.mean_length),)
 
     @cached_property
     def sentinels(self) -> tuple[int, ...]:
@@ -136,7 +153,7 @@ class SpanCorruption:
         """Ids of the mode tokens; empty unless the mixture is UL2's and all three are there."""
         ids = self.tokenizer.get_vocab()
         modes = {denoiser.mode for denoiser in self.denoisers}
-        if self.mixture != "ul2" or not modes <= ids.keys():
+        if self.spans.mixture != "ul2" or not modes <= ids.keys():
             return {}
         return {mode: ids[mode] for mode in modes}
 

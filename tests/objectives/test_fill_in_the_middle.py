@@ -9,9 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fulltune.data.tasks import TextExample
 from fulltune.errors import ModelError
 from fulltune.models.loading import load_tokenizer
-from fulltune.objectives.fill_in_the_middle import FIM_TOKENS, fill_in_the_middle, fim_ids
+from fulltune.objectives.causal_lm import CausalLM
+from fulltune.objectives.causal_stream import CausalStream
+from fulltune.objectives.fill_in_the_middle import (
+    FIM_TOKENS,
+    fill_in_each_document,
+    fill_in_the_middle,
+    fim_ids,
+)
 
 PREFIX, MIDDLE, SUFFIX = 1000, 1001, 1002
 documents = st.lists(st.integers(0, 999), max_size=60)
@@ -58,6 +66,43 @@ def test_documents_are_cut_at_all_places_and_half_of_them_begin_with_the_prefix(
     assert prefix_first / len(cut) == pytest.approx(0.5 * (10 / 11) ** 2, abs=0.044)
     # 66 pairs of places; suffix first looks like an empty prefix.
     assert len({tuple(tokens) for tokens in cut}) == 66
+
+
+@given(documents, st.lists(documents, max_size=4), st.integers(0, 2**64))
+def test_each_document_of_a_window_is_cut_on_its_own(
+    last: list[int], earlier: list[list[int]], seed: int
+) -> None:
+    end = 2000
+    window = [token for document in earlier for token in [*document, end]] + last
+    tokens = fill_in_each_document(
+        window,
+        np.random.default_rng(seed),
+        rate=1.0,
+        prefix_id=PREFIX,
+        middle_id=MIDDLE,
+        suffix_id=SUFFIX,
+        end_id=end,
+    )
+    for document in earlier:
+        place = tokens.index(end)
+        assert splice(tokens[:place]) == document
+        del tokens[: place + 1]
+    assert tokens == [] if not last else splice(tokens) == last
+
+
+def test_a_stream_is_rearranged_in_training_and_left_alone_in_evaluation(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    tokenizer.add_tokens(list(FIM_TOKENS))
+    stream = CausalStream(CausalLM(tokenizer, 64, packing=False), fim_rate=1.0)
+    (example,) = stream.encode(TextExample("The dog sleeps. 今天天气很好。", "here"))
+    plain = stream.collate([example])
+    moved = stream.collate([{**example, "noise_seed": 3}])
+    again = stream.collate([{**example, "noise_seed": 3}, {**example, "noise_seed": 4}])
+    assert plain["input_ids"][0].tolist() == example["input_ids"]
+    assert moved["input_ids"][0, 0] == fim_ids(tokenizer)[0]
+    assert moved["input_ids"].shape == plain["input_ids"].shape
+    assert again["input_ids"][0].tolist() == moved["input_ids"][0].tolist()
+    assert stream.num_targets(moved) == stream.num_targets(plain)
 
 
 def test_missing_sentinels_are_named(tiny_llama: Path) -> None:

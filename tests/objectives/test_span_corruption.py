@@ -22,7 +22,11 @@ from transformers import (
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.tasks import TextExample
 from fulltune.errors import DataError, ModelError
-from fulltune.objectives.span_corruption import SpanCorruption, require_plain_decoder_head
+from fulltune.objectives.span_corruption import (
+    SpanConfig,
+    SpanCorruption,
+    require_plain_decoder_head,
+)
 from fulltune.objectives.spans import (
     T5_DENOISER,
     UL2_DENOISERS,
@@ -176,7 +180,7 @@ def test_every_denoiser_of_ul2_keeps_the_text_and_says_its_mode(ids: list[int], 
 
 OBJECTIVES = {
     "t5": SpanCorruption(make_tokenizer(), 512),
-    "ul2": SpanCorruption(make_tokenizer(modes=True), 512, mixture="ul2"),
+    "ul2": SpanCorruption(make_tokenizer(modes=True), 512, SpanConfig(mixture="ul2")),
 }
 
 
@@ -186,7 +190,7 @@ def test_ul2_draws_all_seven_and_never_exceeds_the_inputs() -> None:
     shapes = [objective.corrupt(make_example(ids, seed)) for seed in range(300)]
     assert max(len(inputs) for inputs, _ in shapes) == 512
     assert len({(len(inputs), len(targets)) for inputs, targets in shapes}) == 7
-    plain = SpanCorruption(make_tokenizer(), 512, mixture="ul2")
+    plain = SpanCorruption(make_tokenizer(), 512, SpanConfig(mixture="ul2"))
     assert plain.mode_ids == {}
 
 
@@ -198,6 +202,13 @@ class Documents:
 
     def __getitem__(self, index: int, /) -> EncodedExample:
         return self.examples[index]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def piece(self, index: int, start: int, stop: int, /) -> EncodedExample:
+        example = self.examples[index]
+        return {**example, "input_ids": example["input_ids"][start:stop]}
 
     def where(self, index: int, /) -> str:
         return self.examples[index]["where"]
