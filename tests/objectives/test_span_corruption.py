@@ -299,6 +299,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_model(make: Any) -> None:
     scores = objective.score(model, batch)
     assert scores.loss_sum / scores.num_targets == pytest.approx(float(own), rel=1e-6)
     require_plain_decoder_head(model)
+    require_plain_decoder_head(model.to(torch.bfloat16))
 
 
 def test_logits_that_are_transformed_once_more_are_refused() -> None:
