@@ -15,6 +15,8 @@ from fulltune.data.tasks import Example
 from fulltune.objectives.base import Batch, Scores, tokenizer_fingerprint
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.documents import encode_document
+from fulltune.objectives.fill_in_the_middle import fill_in_each_document, fim_ids
+from fulltune.objectives.noise import noise_generator
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,9 +30,23 @@ class CausalStream:
 
     No token is filled up and none is left out, but a window may hold the end of one document and
     the beginning of the next. `CausalLM` keeps documents apart.
+
+    Args:
+        language_model: the loss, and the length of a window.
+        fim_rate: share of the documents, or of their parts in a window, that are written for
+            fill-in-the-middle in training. The sentinels push the last tokens out of the window. In
+            evaluation the text is as it is, so that losses with and without can be compared.
+
+    Raises:
+        ModelError: the tokenizer lacks the sentinels of fill-in-the-middle.
     """
 
     language_model: CausalLM
+    fim_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.fim_rate:
+            fim_ids(self.tokenizer)
 
     @property
     def head(self) -> Literal["causal_lm"]:
@@ -75,7 +91,24 @@ class CausalStream:
 
     def collate(self, examples: Sequence[EncodedExample]) -> Batch:
         """See `CausalLM.collate`."""
+        if self.fim_rate:
+            examples = [self._rearranged(example) for example in examples]
         return self.language_model.collate(examples)
+
+    def _rearranged(self, example: EncodedExample) -> EncodedExample:
+        if "noise_seed" not in example:
+            return example
+        prefix_id, middle_id, suffix_id = fim_ids(self.tokenizer)
+        input_ids = fill_in_each_document(
+            example["input_ids"],
+            noise_generator(example),
+            rate=self.fim_rate,
+            prefix_id=prefix_id,
+            middle_id=middle_id,
+            suffix_id=suffix_id,
+            end_id=self.tokenizer.eos_token_id,
+        )[: len(example["input_ids"])]
+        return {**example, "input_ids": input_ids}
 
     def num_targets(self, batch: Batch) -> int:
         """Tokens of the batch that are predicted."""

@@ -1,4 +1,4 @@
-"""AdamW, Adafactor or Muon from torch, over groups of parameters, on float32 masters."""
+"""AdamW, Adafactor or Muon, over groups of parameters, on float32 masters."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from fulltune.config import Quantity, Settings, Warmup
 from fulltune.errors import CheckpointError, ConfigError
 from fulltune.optim.master_weights import MasterWeights
+from fulltune.optim.scaled_adamw import ScaledAdamW
 from fulltune.optim.schedules import Schedule, lr_factor
 
 Layer: TypeAlias = int | Literal["embeddings", "head"]
@@ -21,9 +22,10 @@ Layer: TypeAlias = int | Literal["embeddings", "head"]
 class OptimizerConfig(Settings):
     """The optimizer, its learning rate over the run, and clipping."""
 
-    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    name: Literal["adamw", "adamw_scaled", "adafactor", "muon"] = "adamw"
     """`muon` steps the matrices of the layers; embeddings, head and vectors go to AdamW.
-    The `lr` of `adafactor` is a share of a weight's size: 1e-3 is like 2e-5 with the others."""
+    The `lr` of `adafactor` and `adamw_scaled` is a share of a weight's size: 1e-3 is like 2e-5 with
+    the others. `adamw_scaled` is AdamW for pre-training T5, with an `lr` of 1e-2 or 2e-2."""
     lr: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate."""
     head_lr: Annotated[float, Field(gt=0)] | None = None
@@ -134,6 +136,12 @@ def _adamw(groups: list[dict[str, object]], config: OptimizerConfig) -> torch.op
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.epsilon, fused=True)
 
 
+def _adamw_scaled(
+    groups: list[dict[str, object]], config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    return ScaledAdamW(groups, betas=config.betas, eps=config.epsilon, fused=True)
+
+
 def _adafactor(groups: list[dict[str, object]], config: OptimizerConfig) -> torch.optim.Optimizer:
     return torch.optim.Adafactor(groups, foreach=False)
 
@@ -147,6 +155,7 @@ Build: TypeAlias = Callable[[list[dict[str, object]], OptimizerConfig], torch.op
 OPTIMIZERS: dict[str, tuple[Build, Build]] = {
     # name: (for the matrices of the layers, for everything else)
     "adamw": (_adamw, _adamw),
+    "adamw_scaled": (_adamw_scaled, _adamw_scaled),
     "adafactor": (_adafactor, _adafactor),
     "muon": (_muon, _adamw),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fulltune.config import Settings
 from fulltune.data.arranged import ArrangedExamples, JoinedExamples
@@ -33,13 +33,16 @@ from fulltune.objectives.causal_stream import CausalStream
 from fulltune.objectives.masked_lm import MaskedLM, MaskingConfig
 from fulltune.objectives.permutation_lm import PermutationConfig, PermutationLM
 from fulltune.objectives.sentence_order import SentenceOrder
+from fulltune.objectives.span_corruption import SpanConfig, SpanCorruption
 from fulltune.recipes import finetune
 from fulltune.recipes.prepare import Base, Prepared, open_base
 from fulltune.recipes.prepare import prepare as prepare_windows
 from fulltune.runtime import cache_dir, num_cores
 from fulltune.tracking import Display
 
-Name = Literal["causal_lm", "masked_lm", "sentence_pairs", "permutation_lm"]
+Name = Literal[
+    "causal_lm", "masked_lm", "sentence_pairs", "permutation_lm", "span_corruption"
+]
 
 
 class ObjectiveConfig(Settings):
@@ -55,6 +58,18 @@ class ObjectiveConfig(Settings):
     masking: MaskingConfig = MaskingConfig()
     pairs: SentencePairsConfig = SentencePairsConfig()
     permutation: PermutationConfig = PermutationConfig()
+    spans: SpanConfig = SpanConfig()
+    fim_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """`causal_lm` with `stream`: share of the documents whose middle is moved to the end between
+    `<fim_prefix>`, `<fim_suffix>` and `<fim_middle>`; held-out text is left as it is."""
+
+    @model_validator(mode="after")
+    def _refuse_settings_without_effect(self) -> ObjectiveConfig:
+        if self.fim_rate and not self.stream:
+            raise ValueError(
+                "`objective.fim_rate` has no effect without `objective.stream: true`; set it"
+            )
+        return self
 
 
 DEFAULT_LENGTH = 512
@@ -88,7 +103,11 @@ class Kind:
 
 def _causal_lm(base: Base, family: Family, config: ObjectiveConfig, length: int) -> Objective:
     model = CausalLM(base.tokenizer, length, packing=family.can_pack)
-    return CausalStream(model) if config.stream else model
+    return CausalStream(model, fim_rate=config.fim_rate) if config.stream else model
+
+
+def _span_corruption(base: Base, family: Family, config: ObjectiveConfig, length: int) -> Objective:
+    return SpanCorruption(base.tokenizer, length, config.spans)
 
 
 def _masked_lm(base: Base, family: Family, config: ObjectiveConfig, length: int) -> Objective:
@@ -106,7 +125,7 @@ def _permutation_lm(base: Base, family: Family, config: ObjectiveConfig, length:
 
 
 OBJECTIVES: dict[str, Kind] = {
-    "causal_lm": Kind("causal_lm", ("gpt",), _causal_lm, ("stream",), metrics=()),
+    "causal_lm": Kind("causal_lm", ("gpt",), _causal_lm, ("stream", "fim_rate"), metrics=()),
     "masked_lm": Kind("masked_lm", ("bert",), _masked_lm, ("masking",)),
     "sentence_pairs": Kind(
         "sentence_order",
@@ -116,6 +135,7 @@ OBJECTIVES: dict[str, Kind] = {
         metrics=("masked_accuracy", "sentence_accuracy"),
     ),
     "permutation_lm": Kind("permutation_lm", ("xlnet",), _permutation_lm, ("permutation",)),
+    "span_corruption": Kind("sequence_to_sequence", ("t5",), _span_corruption, ("spans",)),
 }
 
 

@@ -28,6 +28,7 @@ from fulltune.models.loading import load_model
 from fulltune.models.scope import freeze, require_own_weights
 from fulltune.objectives.causal_lm import CausalLM, require_plain_head
 from fulltune.objectives.noise import noise_seed
+from fulltune.objectives.span_corruption import require_plain_decoder_head
 from fulltune.optim.master_weights import MasterWeights
 from fulltune.optim.optimizers import Optimizer, group_parameters
 from fulltune.recipes.prepare import (
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 
     from fulltune.recipes.finetune import Config
 
-STATE_BYTES = {"adamw": 8, "muon": 8, "adafactor": 1}
+STATE_BYTES = {"adamw": 8, "adamw_scaled": 8, "muon": 8, "adafactor": 1}
 """Bytes of optimizer state for each trained parameter, at most."""
 
 
@@ -158,6 +159,8 @@ class Trainer:
         torch.nn.Module.to(model, self.runtime.device)  # in place
         if self.objective.head == "causal_lm":
             require_plain_head(model)
+        if self.objective.head == "sequence_to_sequence":
+            require_plain_decoder_head(model)
         return model
 
     def _plan(self, base_bytes: int) -> MemoryPlan:
