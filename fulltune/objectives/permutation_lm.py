@@ -10,10 +10,11 @@ N targets, H hidden size, G rows of one group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Literal, NotRequired, Self, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Self, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -37,12 +38,15 @@ from fulltune.objectives.permutation_order import (
     permutation_mask,
     word_starts,
 )
+from fulltune.objectives.permutation_windows import (
+    PADDING_SEGMENT,
+    TEXT_SEGMENT,
+    PermutationWindows,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Segments as XLNet's own tokenizer numbers them; only whether two are equal matters to the model.
-_TEXT, _CLASS, _PADDING = 0, 2, 3
 _DOCUMENT_END = "<eod>"
 
 
@@ -106,58 +110,6 @@ class PermutationBatch(TypedDict):
     target_ids: Tensor
     memory_ids: NotRequired[Tensor]
     groups: NotRequired[list[PermutationGroup]]
-
-
-class PermutationWindows:
-    """Windows of a token stream in XLNet's layout, with the tokens before them as memory.
-
-    An example's ``input_ids`` are ``[memory ... tokens ... <sep> <cls>]``; its ``targets`` are 1 on
-    the tokens, so the memory is what comes before the first 1.
-
-    Attributes:
-        lengths: int32, tokens of each example with its memory.
-        fingerprint: hash of all that decides the examples.
-    """
-
-    def __init__(
-        self, stream: TokenStream, *, memory_length: int, sep_id: int, cls_id: int
-    ) -> None:
-        self._stream = stream
-        self._memory_length = memory_length
-        self._sep_id, self._cls_id = sep_id, cls_id
-        before_W = np.cumsum(stream.lengths, dtype=np.int64) - stream.lengths
-        memory_W = np.minimum(before_W, memory_length)
-        self.lengths: npt.NDArray[np.int32] = (stream.lengths + memory_W + 2).astype(np.int32)
-        parts = (stream.fingerprint, str(memory_length), str(sep_id), str(cls_id))
-        self.fingerprint = f"{content_hash(*parts) % 2**64:016x}"
-
-    def __len__(self) -> int:
-        return len(self._stream)
-
-    def __getitem__(self, index: int) -> EncodedExample:
-        window = self._stream[index]
-        index %= len(self._stream)
-        tokens, memory = window["input_ids"], list[int]()
-        while index and len(memory) < self._memory_length:
-            index -= 1
-            memory = self._stream[index]["input_ids"] + memory
-        memory = memory[max(len(memory) - self._memory_length, 0) :]
-        return EncodedExample(
-            input_ids=[*memory, *tokens, self._sep_id, self._cls_id],
-            targets=[*[0] * len(memory), *[1] * len(tokens), 0, 0],
-            token_type_ids=[*[_TEXT] * (len(memory) + len(tokens) + 1), _CLASS],
-            label="",
-            num_removed=0,
-            num_removed_targets=0,
-            input_hash=window["input_hash"],
-            example_hash=window["example_hash"],
-            num_bytes=0,  # a sixth of the tokens is predicted, so there are no bits per byte
-            where=window["where"],
-        )
-
-    def where(self, index: int) -> str:
-        """File and line of the document that a window begins in."""
-        return self._stream.where(index)
 
 
 @dataclass(frozen=True)
@@ -260,7 +212,7 @@ class PermutationLM:
         places = max(1, *(len(window.targets_P) for window in windows))
         shape = (len(windows), length)
         ids_BL = np.full(shape, self.tokenizer.pad_token_id or 0, dtype=np.int64)
-        segments_BL = np.full(shape, _PADDING, dtype=np.int64)
+        segments_BL = np.full(shape, PADDING_SEGMENT, dtype=np.int64)
         attention_BL = np.zeros(shape, dtype=np.int64)
         hidden_BLL = np.zeros((*shape, length), dtype=np.bool_)
         mapping_BPL = np.zeros((len(windows), places, length), dtype=np.float32)
@@ -357,7 +309,8 @@ class PermutationLM:
 
     def _losses(self, model: PreTrainedModel, batch: Batch) -> LossSums:
         _require_xlnet(model, batch)
-        hidden_NH = query_states(model, batch).flatten(0, 1)[batch["target_rows"]]
+        with _positions_in_own_dtype(model):
+            hidden_NH = query_states(model, batch).flatten(0, 1)[batch["target_rows"]]
         head = model.get_output_embeddings()
         return linear_cross_entropy(hidden_NH, head.weight, batch["target_ids"], bias_V=head.bias)
 
@@ -405,9 +358,29 @@ def _memory(model: PreTrainedModel, ids_GM: Tensor, length: int) -> list[Tensor]
     if not length:
         return None
     ids_GM = ids_GM[:, ids_GM.shape[1] - length :]
-    segments_GM = torch.full_like(ids_GM, _TEXT)
+    segments_GM = torch.full_like(ids_GM, TEXT_SEGMENT)
     output = model.base_model(input_ids=ids_GM, token_type_ids=segments_GM, use_mems=True)
     return list(output.mems)
+
+
+@contextmanager
+def _positions_in_own_dtype(model: PreTrainedModel) -> Iterator[None]:
+    """Hand each layer the positions in the dtype of its weights.
+
+    With one stream transformers does so itself; with two it multiplies float32 positions by weights
+    of any dtype, which torch refuses.
+    """
+
+    def cast(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "r": kwargs["r"].to(layer.rel_attn.r.dtype)}
+
+    layers: Any = model.base_model.layer
+    hooks = [layer.register_forward_pre_hook(cast, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _require_xlnet(model: PreTrainedModel, batch: Batch) -> None:
