@@ -40,9 +40,7 @@ from fulltune.recipes.prepare import prepare as prepare_windows
 from fulltune.runtime import cache_dir, num_cores
 from fulltune.tracking import Display
 
-Name = Literal[
-    "causal_lm", "masked_lm", "sentence_pairs", "permutation_lm", "span_corruption"
-]
+Name = Literal["causal_lm", "masked_lm", "sentence_pairs", "permutation_lm", "span_corruption"]
 
 
 class ObjectiveConfig(Settings):
