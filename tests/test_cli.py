@@ -25,9 +25,8 @@ from fulltune.data.tasks import TASKS
 from fulltune.models.families import FAMILIES
 from fulltune.recipes import finetune
 
-VERBS = ("demo", "preview", "finetune", "pretrain", "corpus", "evaluate", "predict", "chat",
-         "report", "attention",
-         "settings", "tasks", "models", "assets")  # fmt: skip
+VERBS = ("demo", "preview", "finetune", "pretrain", "chain", "corpus", "evaluate", "predict",
+         "chat", "report", "attention", "settings", "tasks", "models", "assets")  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 Say = Callable[..., tuple[int, str, str]]
 

@@ -102,6 +102,45 @@ def pretrain(
     _say_result(recipe.run(config, resume=resume), "text", as_json=as_json)
 
 
+@app.command(rich_help_panel=TRAIN)
+def chain(
+    file: File,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", metavar=FLAG, help="Pass over finished steps and go on where it stopped."
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Take several steps from one file: tokenizer, pretrain, finetune, evaluate."""
+    from fulltune.cli.printing import print_table
+    from fulltune.recipes import chain as recipe
+    from fulltune.tracking import format_number, name_of
+
+    config = recipe.load(file)
+    results = recipe.run(config, resume=resume, say=lambda line: typer.echo(line, err=True))
+    if as_json:
+        print_json([vars(result) for result in results])
+    else:
+        print_table(
+            str(file),
+            ("step", "result", "measured"),
+            [
+                (
+                    result.verb + (" (was done)" if result.done_before else ""), result.result,
+                    ", ".join(
+                        f"{name_of(name)} {format_number(value)}"
+                        for name, value in result.metrics.items()
+                    ),
+                )
+                for result in results
+            ],
+        )  # fmt: skip
+    if len(results) < len(config.steps):
+        raise typer.Exit(130)
+
+
 def _print_plan(config: finetune_recipe.Config, *, resume: bool, as_json: bool) -> None:
     """Settings as YAML that runs again; the plan in comments below them."""
     from dataclasses import asdict

@@ -56,7 +56,7 @@ def _xlnet(width: int, layers: int, heads: int) -> Preset:
 
 
 def _t5(width: int, layers: int, heads: int, inner: int) -> Preset:
-    """T5 1.1: gated GELU, an output layer of its own, and no dropout in pre-training."""
+    """T5 1.1: gated GELU and no dropout in pre-training."""
     return Preset(
         "t5",
         {
@@ -66,7 +66,6 @@ def _t5(width: int, layers: int, heads: int, inner: int) -> Preset:
             "d_ff": inner,
             "d_kv": 64,
             "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
             "dropout_rate": 0.0,
         },
     )
