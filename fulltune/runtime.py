@@ -88,14 +88,26 @@ def keep_freed_memory() -> bool:
         Whether there is such a setting here; other C libraries than glibc have none.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    try:
-        library = ctypes.CDLL(None)
-        library.gnu_get_libc_version  # noqa: B018  (another library may have an empty mallopt)
-        mallopt = library.mallopt
-    except (AttributeError, OSError, TypeError):
+    library = _glibc()
+    if library is None:
         return False
     # Nothing is trimmed, and large blocks come from the same heap as all others.
-    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
+    return bool(library.mallopt(trim_threshold, -1) and library.mallopt(mmap_max, 0))
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what `keep_freed_memory` has kept so far."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(None)
+        return library if hasattr(library, "gnu_get_libc_version") else None
+    except (OSError, TypeError):  # Windows has no library of the process itself
+        return None
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:

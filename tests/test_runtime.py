@@ -10,8 +10,9 @@ import pytest
 
 FAULTS_OF_LAST_ROUND = """
 import resource
+import psutil
 import torch
-from fulltune.runtime import keep_freed_memory
+from fulltune.runtime import keep_freed_memory, return_freed_memory
 
 assert keep_freed_memory()
 for round in range(6):
@@ -19,13 +20,17 @@ for round in range(6):
     tensors = [torch.ones(2**20) for _ in range(32)] + [torch.ones(2**24)]
     del tensors
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults)
+kept = psutil.Process().memory_info().rss
+return_freed_memory()
+print(faults, kept - psutil.Process().memory_info().rss)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
-def test_freed_memory_is_reused_almost_without_page_faults():
+def test_freed_memory_is_reused_almost_without_page_faults_until_it_is_returned():
     # A process of its own: the setting stays until a process ends.
     run = [sys.executable, "-c", FAULTS_OF_LAST_ROUND]
     shown = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    assert int(shown) < 2500  # of the 49,152 pages that 192 MiB have
+    faults, returned = map(int, shown.split())
+    assert faults < 2500  # of the 49,152 pages that 192 MiB have
+    assert returned > 150 * 2**20

@@ -10,6 +10,7 @@ Shape suffixes: N documents, P permutations.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -171,14 +172,14 @@ def _keep_first(
     # Nearly always one document of a group is kept; lists for all would be most of the memory.
     first_kept = np.full(num_groups, -1, dtype=np.int64)
     also_kept: dict[int, list[int]] = {}
-    starts = np.flatnonzero(np.diff(documents, prepend=-1))
+    limits = np.flatnonzero(np.diff(documents, prepend=-1, append=-1))
     with signatures.open("rb") as file:
 
         def signature(document: int) -> npt.NDArray[np.uint32]:
             file.seek(document * config.permutations * 4)
             return np.frombuffer(file.read(config.permutations * 4), dtype="<u4")
 
-        for start, end in zip(starts, np.append(starts[1:], len(documents)), strict=True):
+        for start, end in itertools.pairwise(limits):
             document, own_groups = int(documents[start]), groups[start:end]
             heads = first_kept[own_groups]
             earlier = {head for head in heads.tolist() if head >= 0}

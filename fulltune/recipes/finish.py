@@ -25,6 +25,7 @@ from fulltune.runtime import (
     describe_machine,
     git_commit,
     peak_memory_bytes,
+    return_freed_memory,
     versions,
 )
 from fulltune.train.checkpoint import (
@@ -58,6 +59,7 @@ def finish(trainer: Trainer, ending: Ending) -> None:
     prune_checkpoints(trainer.folder / CHECKPOINTS, keep=trainer.config.keep_checkpoints, step=step)
     # Nothing steps any more: its state makes room for the model that is written.
     trainer.optimizer.free_state()
+    return_freed_memory()  # the model is loaded once more, through pages of its file
     best = trainer.folder / CHECKPOINTS / f"best-{trainer.best.best_step or 0:08d}"
     if trainer.best.best_step is not None and trainer.best.best_step != step and best.exists():
         last, _ = _exact_model(trainer)
