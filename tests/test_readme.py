@@ -25,6 +25,7 @@ SHORT = [
     "evaluate.num_samples=1",
 ]
 SHORT_TASK = {"configs/trec-minilm.yaml": SHORT[:3], "configs/smollm2-chat.yaml": SHORT}
+SHORT_PRETRAINING = ["duration=2 steps", "batch=8 examples", "task.validation=2%"]
 
 
 def readme_commands() -> list[list[str]]:
@@ -35,6 +36,8 @@ def readme_commands() -> list[list[str]]:
 
 
 def shortened(command: list[str]) -> list[str]:
+    if command[1] == "pretrain":
+        return [*command, *SHORT_PRETRAINING]
     if command[1] not in ("finetune", "preview"):
         return command
     file = next(word for word in command if word.endswith(".yaml"))

@@ -18,7 +18,7 @@ import pytest
 
 import fulltune
 from fulltune.config import load_config
-from fulltune.recipes import finetune
+from fulltune.recipes import chain, finetune, pretrain
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md")]
@@ -101,6 +101,14 @@ def tracked_files() -> list[Path]:
     return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
+def load_settings(verb: str, path: Path, overrides: list[str]) -> None:
+    if verb == "chain":
+        chain.load(path)
+    else:
+        config = pretrain.Config if verb == "pretrain" else finetune.Config
+        load_config(config, path, overrides)
+
+
 # -- commands in the documents ---------------------------------------------------------------------
 
 
@@ -123,9 +131,9 @@ def test_every_fulltune_command_names_a_verb_with_its_options(words: list[str]) 
     as_parameters([use for use in commands_of("fulltune") if ".yaml" in " ".join(use[1])]),
 )
 def test_every_command_with_a_settings_file_names_valid_settings(words: list[str]) -> None:
-    _, path, *others = words
+    verb, path, *others = words
     overrides = [word for word in others if "=" in word and not word.startswith("-")]
-    load_config(finetune.Config, ROOT / path, overrides)
+    load_settings(verb, ROOT / path, overrides)
 
 
 @pytest.mark.parametrize("words", as_parameters(commands_of("make")))
@@ -169,10 +177,12 @@ def test_both_readmes_have_the_same_outline() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_settings_file_is_valid_and_says_how_it_is_run(path: Path) -> None:
-    load_config(finetune.Config, path)
-    header = path.read_text(encoding="utf-8").partition("\nmodel:")[0]
-    assert f"fulltune finetune configs/{path.name}" in header
-    assert "# Expect: " in header
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header = [line for line in lines if line.startswith("#")]
+    verbs = {line.split()[2] for line in header if f"configs/{path.name}" in line} - {"preview"}
+    (verb,) = verbs
+    load_settings(verb, path, [])
+    assert any(line.startswith("# Expect: ") for line in header)
 
 
 def test_the_settings_in_the_readme_are_those_of_the_file_it_names() -> None:
