@@ -67,6 +67,7 @@ def tasks(as_json: Json = False) -> None:
 def models(as_json: Json = False) -> None:
     """List the families of models, and the models that can be fetched by name."""
     from fulltune.models.families import FAMILIES
+    from fulltune.models.presets import PRESETS
 
     families: dict[tuple[str, bool], list[str]] = {}
     for name, family in FAMILIES.items():
@@ -80,6 +81,10 @@ def models(as_json: Json = False) -> None:
                     for (tasks, packs), names in families.items()
                 ],
                 "models": _describe_assets("model"),
+                "sizes": {
+                    name: {"model_type": preset.model_type, **preset.values}
+                    for name, preset in PRESETS.items()
+                },
             }
         )
         return
@@ -93,8 +98,23 @@ def models(as_json: Json = False) -> None:
         + [("chat, text, classification", "no", "every other decoder with a language model head")],
     )
     typer.echo()
+    _print_table_of_sizes()
+    typer.echo()
     _print_assets("model")
     typer.echo("\nAlso a model folder, a run folder, a .gguf file, or a Hub name, OWNER/NAME.")
+
+
+def _print_table_of_sizes() -> None:
+    from fulltune.models.presets import PRESETS
+
+    print_table(
+        "Sizes of new models, for `fulltune pretrain`",
+        ("name", "what differs from the defaults of transformers"),
+        [
+            (name, ", ".join(f"{key} {value}" for key, value in preset.values.items()))
+            for name, preset in PRESETS.items()
+        ],
+    )
 
 
 @app.command(rich_help_panel=LIST)
