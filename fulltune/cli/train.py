@@ -118,8 +118,8 @@ def chain(
     from fulltune.recipes import chain as recipe
     from fulltune.tracking import format_number, name_of
 
-    config = recipe.load(file)
-    results = recipe.run(config, resume=resume, say=lambda line: typer.echo(line, err=True))
+    steps = recipe.load(file)
+    results = recipe.run(steps, resume=resume, say=lambda line: typer.echo(line, err=True))
     if as_json:
         print_json([vars(result) for result in results])
     else:
@@ -137,7 +137,7 @@ def chain(
                 for result in results
             ],
         )  # fmt: skip
-    if len(results) < len(config.steps):
+    if len(results) < len(steps):
         raise typer.Exit(130)
 
 

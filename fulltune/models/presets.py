@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
 
 from fulltune.assets.building import built_whole
@@ -159,7 +160,7 @@ def make_config(
     try:
         # Made anew, so that what follows from other fields, as a head's width, is derived again.
         config: PretrainedConfig = CONFIG_MAPPING[model_type](**{**values, **overrides})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
         raise ConfigError(
             f"`architecture` does not fit together: {reason}", hint="correct or leave out a field"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from pydantic import Field, model_validator
 
 from fulltune.config import Settings, build_config, read_yaml
 from fulltune.data.tokenizers import INFO_FILE, TokenizerConfig
@@ -34,28 +32,12 @@ class EvaluateStep(Settings):
     """Labelled rows or text; null is the validation split of the run."""
 
 
-class Step(Settings):
-    """One verb with its settings."""
-
-    tokenizer: TokenizerStep | None = None
-    pretrain: pretrain.Config | None = None
-    finetune: finetune.Config | None = None
-    evaluate: EvaluateStep | None = None
-
-    @model_validator(mode="after")
-    def _one_verb(self) -> Step:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            named = ", ".join(f"`{name}`" for name in given) or "nothing"
-            raise ValueError(f"a step is one verb, and this one has {named}; write one a step")
-        return self
-
-
-class Config(Settings):
-    """Settings of `fulltune chain`."""
-
-    steps: tuple[Step, ...] = Field(min_length=1)
-    """What is done, in this order; a later step names the folder of an earlier one."""
+VERBS: dict[str, type[Settings]] = {
+    "tokenizer": TokenizerStep,
+    "pretrain": pretrain.Config,
+    "finetune": finetune.Config,
+    "evaluate": EvaluateStep,
+}
 
 
 @dataclass(frozen=True)
@@ -69,66 +51,79 @@ class StepResult:
     done_before: bool = False
 
 
-def load(path: Path) -> Config:
+def load(path: Path) -> list[Settings]:
     """Read the file of a chain; what is wrong is said before the first step.
+
+    Returns:
+        The settings of each step, of the classes in `VERBS`.
 
     Raises:
         ConfigError: a setting of any step is unknown or not possible.
     """
     values = read_yaml(path)
     steps = values.get("steps")
-    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+    if set(values) != {"steps"} or not isinstance(steps, list) or not steps:
         raise ConfigError(
-            f"`{path}` has no list of steps",
+            f"`{path}` is not a list of steps",
             hint="write `steps:` and below it `- tokenizer: {...}`, `- pretrain: {...}` and so on",
         )
-    return build_config(Config, values)
+    return [_read_step(step, number) for number, step in enumerate(steps, start=1)]
+
+
+def _read_step(step: object, number: int) -> Settings:
+    verb = next(iter(step), None) if isinstance(step, dict) and len(step) == 1 else None
+    if verb not in VERBS or not isinstance(step, dict) or not isinstance(step[verb], dict):
+        raise ConfigError(
+            f"step {number} is not one verb with its settings",
+            hint=f"begin it with one of {', '.join(f'`{name}:`' for name in VERBS)}",
+        )
+    try:
+        return build_config(VERBS[verb], step[verb])
+    except ConfigError as error:
+        raise ConfigError(f"step {number}, {verb}: {error}", hint=error.hint) from None
 
 
 def run(
-    config: Config,
+    steps: Sequence[Settings],
     *,
     resume: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[StepResult]:
     """Take the steps in their order; with ``resume``, those that are finished are passed over.
 
+    Returns:
+        What the steps made, up to the first that was interrupted.
+
     Raises:
         FulltuneError: of the step that failed; what the steps before it made stays.
     """
     results: list[StepResult] = []
-    for number, step in enumerate(config.steps, start=1):
-        verb = next(name for name in Step.model_fields if getattr(step, name) is not None)
-        say(f"step {number} of {len(config.steps)}: {verb}")
-        result = _take(step, resume=resume)
+    for number, step in enumerate(steps, start=1):
+        verb = next(name for name, kind in VERBS.items() if type(step) is kind)
+        say(f"step {number} of {len(steps)}: {verb}")
+        result = _take(step, verb, resume=resume)
         if result is None:
             break
         results.append(result)
     return results
 
 
-def _take(step: Step, *, resume: bool) -> StepResult | None:
+def _take(step: Settings, verb: str, *, resume: bool) -> StepResult | None:
     """None where the step was interrupted."""
-    if step.tokenizer is not None:
-        output = Path(step.tokenizer.output)
+    if isinstance(step, TokenizerStep):
+        output = Path(step.output)
         if resume and (output / INFO_FILE).is_file():
-            return StepResult("tokenizer", str(output), {}, done_before=True)
-        options = step.tokenizer.model_dump(exclude={"train", "output"})
-        trained = tokenizer.train(
-            step.tokenizer.train, output, build_config(TokenizerConfig, options)
-        )
-        return StepResult("tokenizer", str(output), _numbers(asdict(trained.statistics)))
-    if step.evaluate is not None:
-        report = evaluate.run(step.evaluate.model, data=step.evaluate.data)
-        return StepResult("evaluate", step.evaluate.model, report.metrics)
-    verb = "pretrain" if step.pretrain is not None else "finetune"
-    if step.pretrain is not None:
-        again = resume and has_run(Path(step.pretrain.run_dir))
-        ended = pretrain.run(step.pretrain, resume=again)
-    else:
-        assert step.finetune is not None
-        again = resume and has_run(Path(step.finetune.run_dir))
-        ended = finetune.run(step.finetune, resume=again)
+            return StepResult(verb, str(output), {}, done_before=True)
+        options = step.model_dump(exclude={"train", "output"})
+        trained = tokenizer.train(step.train, output, build_config(TokenizerConfig, options))
+        return StepResult(verb, str(output), _numbers(asdict(trained.statistics)))
+    if isinstance(step, EvaluateStep):
+        report = evaluate.run(step.model, data=step.data)
+        return StepResult(verb, step.model, report.metrics)
+    assert isinstance(step, finetune.Config)
+    again = resume and has_run(Path(step.run_dir))
+    recipe = pretrain if isinstance(step, pretrain.Config) else finetune
+    ended = recipe.run(step, resume=again)
     if ended.ending == "interrupted":
         return None
     return StepResult(verb, str(ended.run_dir), ended.metrics, ended.already_finished)

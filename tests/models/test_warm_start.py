@@ -220,6 +220,9 @@ def test_the_saved_folder_trains_as_xlnet_and_takes_a_classification_head(
         def __getitem__(self, index: int, /) -> Any:
             return document
 
+        def piece(self, index: int, start: int, stop: int, /) -> Any:
+            return {**document, "input_ids": document["input_ids"][start:stop]}
+
         def where(self, index: int, /) -> str:
             return "a"
 

@@ -84,5 +84,5 @@ def test_a_step_is_one_verb(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one verb"):
         chain.load(path)
     path.write_text("stairs: []", encoding="utf-8")
-    with pytest.raises(ConfigError, match="no list of steps"):
+    with pytest.raises(ConfigError, match="not a list of steps"):
         chain.load(path)
