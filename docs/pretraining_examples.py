@@ -201,8 +201,6 @@ def print_sentence_order() -> None:
         for index in range(len(arranged)):
             example = arranged[index]
             print(f"{kind:5} label {example['label']}: {line(example['input_ids'])}")
-            segments = " ".join(map(str, example["token_type_ids"]))
-            print(f"      segments: {segments}")
 
 
 def print_permutation_lm() -> None:
