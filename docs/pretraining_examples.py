@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,7 +116,7 @@ def print_columns(*rows: Sequence[str]) -> None:
         print(" ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
 
 
-def small_gpt2() -> GPT2LMHeadModel:
+def small_gpt2() -> Any:
     """One layer with two heads, its weights drawn large so that attention is not even."""
     torch.manual_seed(0)
     config = GPT2Config(
