@@ -1,6 +1,6 @@
 """The neutral judge: held-out loss of a saved model, and the machine's rate of matrix products.
 
-Run by `cpu_finetune.py` and `cpu_pretrain.py` in a process of its own: `python measure.py JOB.json`.
+Run by `cpu_finetune.py` and `cpu_pretrain.py` in its own process: `python measure.py JOB.json`.
 Nothing of any peer is imported here; a model is a folder in the plain Hugging Face layout.
 """
 

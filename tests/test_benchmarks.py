@@ -86,8 +86,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     pytest.importorskip("datasets", reason="needs fulltune[bench]")
     folder = tmp_path_factory.mktemp("pretraining")
     draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(60)]
-    paragraphs = [" ".join(draw.choices(words, k=draw.randint(1, 15))) for _ in range(200)]
+    words = ["".join(draw.choices("abcdefghijklm", k=draw.randint(2, 6))) for _ in range(400)]
+    paragraphs = [" ".join(draw.choices(words, k=draw.randint(1, 15))) for _ in range(300)]
     (folder / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
     models = "--clm-model gpt2-tiny --mlm-model bert-tiny --vocab-size 300 --length 32"
     sizes = "--blocks 2 --rows 4 --rounds 1 --steps 2 --skip 1 --held-out 20 --warmup 1 --threads 1"
