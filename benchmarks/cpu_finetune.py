@@ -229,9 +229,16 @@ def run_fulltune(
     # Its own cache, so that the first round tokenizes the rows as a first run does.
     cache = {"FULLTUNE_CACHE": str(folder / "cache")}
     child = run_child(command, folder / "fulltune.log", folder, options, cache)
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return child | {"steps": steps_of_log(run_dir / "metrics.jsonl")}, run_dir / "model"
+
+
+def steps_of_log(log: Path) -> list[dict[str, float]]:
+    """The steps in a run's metrics, from one step's end to the next: data and log included.
+
+    That is how the clock of the other peers runs.
+    """
+    lines = log.read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines]
-    # From one step's end to the next, as the clock of the other peers runs: data and log included.
     last = next(event["time"] for event in events if event["event"] == "start")
     steps = []
     for event in events:
@@ -245,7 +252,7 @@ def run_fulltune(
                 }
             )
             last = event["time"]
-    return child | {"steps": steps}, run_dir / "model"
+    return steps
 
 
 def check_counts(run: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def run_benchmark(*options: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_benchmark(
+    *options: str, folder: Path, script: str = "cpu_finetune"
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "cpu_finetune.py"), *options],
+        [sys.executable, str(BENCHMARKS / f"{script}.py"), *options],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -74,3 +77,47 @@ def test_a_benchmark_without_a_step_left_to_time_is_refused(tmp_path: Path) -> N
     ended = run_benchmark("--steps", "4", "--skip", "4", folder=tmp_path)
     assert ended.returncode == 2
     assert "--skip 4 leaves nothing of --steps 4" in ended.stderr
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two steps of both objectives on a small text of ragged paragraphs, for real."""
+    pytest.importorskip("accelerate", reason="needs fulltune[bench]")
+    pytest.importorskip("datasets", reason="needs fulltune[bench]")
+    folder = tmp_path_factory.mktemp("pretraining")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklm", k=draw.randint(2, 6))) for _ in range(400)]
+    paragraphs = [" ".join(draw.choices(words, k=draw.randint(1, 15))) for _ in range(300)]
+    (folder / "text.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    models = "--clm-model gpt2-tiny --mlm-model bert-tiny --vocab-size 300 --length 32"
+    sizes = "--blocks 2 --rows 4 --rounds 1 --steps 2 --skip 1 --held-out 20 --warmup 1 --threads 1"
+    options = [*models.split(), *sizes.split(), "--data", "text.txt", "--json", "out.json"]
+    ended = run_benchmark(*options, folder=folder, script="cpu_pretrain")
+    assert ended.returncode == 0, ended.stderr
+    assert "a new gpt2-tiny" in ended.stdout
+    written: dict[str, Any] = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    return written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_peers_pretrain_on_the_same_number_of_real_tokens(
+    pretrained: dict[str, Any], objective: str
+) -> None:
+    measured = pretrained["objectives"][objective]
+    ours, theirs = measured["runs"]
+    assert [ours["peer"], theirs["peer"]] == ["fulltune", "hf-bf16"]
+    assert ours["num_tokens"] == theirs["num_tokens"] == measured["data"]["num_tokens"]
+    assert len(ours["steps"]) == len(theirs["steps"]) == 2
+    # Two steps are few: a sane start lies at a uniform guess, and nobody may be far above it.
+    for run in (ours, theirs):
+        assert run["held_out_loss"] < math.log(measured["data"]["vocabulary"]) + 0.1
+
+
+@pytest.mark.slow
+def test_pretraining_is_compared_in_speed_and_memory(pretrained: dict[str, Any]) -> None:
+    for measured in pretrained["objectives"].values():
+        ours, theirs = (measured["peers"][peer] for peer in ("fulltune", "hf-bf16"))
+        assert theirs["speed_ratio"] == theirs["memory_ratio"] == 1
+        assert math.isfinite(ours["speed_ratio"])
+        assert ours["peak_bytes"] > ours["imports_bytes"] > 0
