@@ -121,9 +121,11 @@ def small_gpt2() -> Any:
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(TOKENIZER), n_positions=32, n_embd=16, n_layer=1, n_head=2,
-        initializer_range=0.3, bos_token_id=None, eos_token_id=None, attn_implementation="eager",
+        initializer_range=0.3, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
+    model: Any = GPT2LMHeadModel(config)
+    model.set_attn_implementation("eager")  # the one that returns its weights
+    return model.eval()
 
 
 def print_causal_lm() -> None:
