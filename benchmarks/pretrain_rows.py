@@ -111,14 +111,17 @@ def stop(job: dict[str, Any], why: str) -> None:
 
 def choose_exactly(documents: list[dict[str, Any]], num_tokens: int) -> list[dict[str, Any]]:
     """The first documents, and last one that makes their tokens ``num_tokens`` exactly."""
-    left = num_tokens
-    longest = max(len(document["input_ids"]) for document in documents)
+    left, chosen = num_tokens, []
+    sizes = [len(document["input_ids"]) for document in documents]
     for place, document in enumerate(documents):
-        left -= len(document["input_ids"])
-        if 0 < left <= longest:
-            for last in documents[place + 1 :]:
-                if len(last["input_ids"]) == left:
-                    return [*documents[: place + 1], last]
+        if sizes[place] > left:
+            continue  # too long for what is left; a shorter one may fit
+        chosen.append(document)
+        left -= sizes[place]
+        if not left:
+            return chosen
+        if left in sizes[place + 1 :]:
+            return [*chosen, documents[sizes.index(left, place + 1)]]
     sys.exit(f"no choice of the documents has {num_tokens} tokens; raise --documents")
 
 
