@@ -25,6 +25,14 @@ Overrides = Annotated[
         help="Settings that differ from the file, such as `optimizer.lr=5e-5`.", metavar="KEY=VALUE"
     ),
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        metavar=FLAG,
+        help="Go on from the last checkpoint, or start where there is none.",
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", metavar=FLAG, help="Print JSON for a program to read.")
 ]

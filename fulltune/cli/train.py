@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fulltune.cli.app import FLAG, TRAIN, File, Json, Overrides, app
+from fulltune.cli.app import FLAG, TRAIN, File, Json, Overrides, Resume, app
 from fulltune.cli.printing import print_answers, print_json
 
 if TYPE_CHECKING:
@@ -51,14 +51,7 @@ def preview(
 def finetune(
     file: File,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            metavar=FLAG,
-            help="Go on from the last checkpoint, or start where there is none.",
-        ),
-    ] = False,
+    resume: Resume = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -84,14 +77,7 @@ def finetune(
 def pretrain(
     file: File,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            metavar=FLAG,
-            help="Go on from the last checkpoint, or start where there is none.",
-        ),
-    ] = False,
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
     """Train a new model on raw text, or go on with one."""

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from fulltune.config import Settings
 from fulltune.data.arranged import Documents
-from fulltune.data.encoding import EncodedExample, content_hash
+from fulltune.data.encoding import EncodedExample
 from fulltune.data.streams import TokenStream
-from fulltune.data.tasks import Example, TextExample
+from fulltune.data.tasks import Example
 from fulltune.errors import ModelError
 from fulltune.objectives.base import Batch, Scores, tokenizer_fingerprint
+from fulltune.objectives.documents import encode_document
 from fulltune.objectives.linear_cross_entropy import LossSums, linear_cross_entropy
 from fulltune.objectives.noise import noise_generator
 from fulltune.objectives.permutation_order import (
@@ -158,26 +159,7 @@ class PermutationLM:
 
     def encode(self, example: Example) -> list[EncodedExample]:
         """All tokens of a text, uncut and without special tokens; nothing where it has none."""
-        if not isinstance(example, TextExample):
-            raise TypeError(f"{type(example).__name__} is not a text")
-        encoding = self.tokenizer.backend_tokenizer.encode(example.text, add_special_tokens=False)
-        if not encoding.ids:
-            return []
-        text_hash = content_hash(example.text)
-        return [
-            EncodedExample(
-                input_ids=list(encoding.ids),
-                targets=[1] * len(encoding.ids),
-                token_type_ids=[],
-                label="",
-                num_removed=0,
-                num_removed_targets=0,
-                input_hash=text_hash,
-                example_hash=text_hash,
-                num_bytes=len(example.text.encode()),
-                where=example.where,
-            )
-        ]
+        return encode_document(self.tokenizer, example)
 
     def arrange(
         self, documents: Documents, indices: Sequence[int] | npt.NDArray[np.integer], seed: int

@@ -253,7 +253,6 @@ def prepare(config: Config, objective: Any, progress: Callable[[int], None]) -> 
     whole = encode(sources)
     notes = [f"rows read as {whole.format}"]
     documents: Any = whole
-    whole_train = whole
     if len(whole) < FEW_DOCUMENTS and wanted is not None and not isinstance(wanted, Source):
         documents = Sections(whole, SECTION_TOKENS)
         notes.append(
@@ -272,7 +271,7 @@ def prepare(config: Config, objective: Any, progress: Callable[[int], None]) -> 
         parts.append(objective.arrange(documents, split.validation, config.seed))
         splits["validation"] = split.validation
     # Sections have no columns of their own to count: then all is counted as one.
-    counted = {"train": np.arange(len(whole))} if documents is not whole_train else splits
+    counted = {"train": np.arange(len(whole))} if isinstance(documents, Sections) else splits
     facts = examine(whole, counted)
     dataset = JoinedExamples(parts)
     train = np.arange(len(parts[0]), dtype=np.int64)
