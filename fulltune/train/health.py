@@ -65,7 +65,9 @@ class SpikeDetector:
     """Says when a loss lies far above the recent ones.
 
     The measure is robust: distance to the median of the last ``window`` losses, in units of their
-    median absolute deviation scaled to a standard deviation.
+    median absolute deviation scaled to a standard deviation. Small batches of a nearly learned task
+    have losses near zero with a few hard rows between; so a spike also exceeds by half the largest
+    of the last losses: what came up a moment ago is no news.
     """
 
     window: int = 64
@@ -78,6 +80,7 @@ class SpikeDetector:
         if len(self.losses) >= 16:
             median = statistics.median(self.losses)
             spread = 1.4826 * statistics.median(abs(value - median) for value in self.losses)
-            spike = loss - median > self.threshold * max(spread, 0.02 * abs(median))
+            far = loss - median > self.threshold * max(spread, 0.02 * abs(median))
+            spike = far and loss > 1.5 * max(self.losses)
         self.losses = [*self.losses[-self.window + 1 :], loss]
         return spike

@@ -189,3 +189,10 @@ def test_a_jump_of_the_loss_is_a_spike_and_its_noise_is_not() -> None:
     assert not any(detector.is_spike(2.0 + 0.05 * (-1) ** step) for step in range(100))
     assert detector.is_spike(4.0)
     assert not detector.is_spike(2.02)
+
+
+def test_the_hard_rows_of_a_nearly_learned_task_are_not_reported_again_and_again() -> None:
+    detector = SpikeDetector()
+    losses = [0.015 if step % 6 else 0.2 for step in range(120)]
+    assert not any(detector.is_spike(loss) for loss in losses)
+    assert detector.is_spike(1.0)
