@@ -6,7 +6,7 @@ attention layer, where `attend` reads it. Importing this module registers the im
 ``attn_implementation=IMPLEMENTATION`` selects it. Without document boundaries (generation, padded
 batches) it is exactly transformers' ``sdpa``, so one model serves training and inference.
 
-    cpu, no dropout        `_DocumentAttention`: fused kernels, like lengths together
+    cpu                    `DocumentAttention`: like lengths together
     cuda, bf16 or fp16     ``torch.nn.attention.varlen.varlen_attn``, one kernel for all
     everything else        ``scaled_dot_product_attention`` per document
 
@@ -18,20 +18,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from fulltune.errors import ModelError
+from fulltune.models.document_attention import DocumentAttention
+from fulltune.models.document_groups import expand_heads, plan_groups, seen_pattern
 
 IMPLEMENTATION = "fulltune"
 
@@ -120,7 +119,7 @@ class DeferredMask:
                 found = self._mask_function(
                     zero, zero, index_L[None, None, :, None], index_L[None, None, None, :]
                 )
-                expected = _pattern(end - start, causal=causal, window=window).to(device)
+                expected = seen_pattern(end - start, causal=causal, window=window).to(device)
                 verdict = verdict and bool((found == expected).all())
             self._verdicts[key] = verdict
         return self._verdicts[key]
@@ -160,16 +159,6 @@ def make_mask(
     if whole_row and not never_dense:
         return DeferredMask(mask_function, arguments)
     return sdpa_mask(mask_function=mask_function, **arguments)
-
-
-def _pattern(length: int, *, causal: bool, window: int | None) -> Tensor:
-    """Which keys [L queries, L keys] a document's tokens see; a window counts the token itself."""
-    index_L = torch.arange(length)
-    distance_LL = index_L[:, None] - index_L[None, :]
-    seen_LL = distance_LL >= 0 if causal else torch.ones_like(distance_LL, dtype=torch.bool)
-    if window is not None:
-        seen_LL = seen_LL & (distance_LL.abs() < window)
-    return seen_LL
 
 
 # ---------------------------------------------------------------- the attention function
@@ -246,9 +235,9 @@ def attend(
     if fused_cuda:
         longest = max_length_q if max_length_q is not None else query.shape[2]
         return _varlen(query, key, value, cu_seq_lens_q, longest, scale, causal, window), None
-    if query.device.type == "cpu" and not dropout and query.shape[-1] == value.shape[-1]:
-        groups = _plan(boundaries, causal, window)
-        return _DocumentAttention.apply(query, key, value, groups, causal, scale), None
+    if query.device.type == "cpu" and dropout < 1 and query.shape[-1] == value.shape[-1]:
+        groups = plan_groups(boundaries, causal, window)
+        return DocumentAttention.apply(query, key, value, groups, causal, scale, dropout), None
     return _per_document(query, key, value, boundaries, scale, dropout, causal, window), None
 
 
@@ -294,14 +283,6 @@ def _refuse_what_packing_cannot_honour(
         )
 
 
-def _expand_heads(states_BKTD: Tensor, num_heads: int) -> Tensor:
-    """Repeats each key/value head for the query heads that share it."""
-    num_groups = num_heads // states_BKTD.shape[1]
-    if num_groups == 1:
-        return states_BKTD
-    return states_BKTD.repeat_interleave(num_groups, dim=1)
-
-
 def _varlen(
     query: Tensor,
     key: Tensor,
@@ -320,8 +301,8 @@ def _varlen(
     out_THD = varlen_attn(
         query[0].transpose(0, 1),
         # Heads are repeated here because the argument for grouped heads is newer than torch 2.11.
-        _expand_heads(key, num_heads)[0].transpose(0, 1),
-        _expand_heads(value, num_heads)[0].transpose(0, 1),
+        expand_heads(key, num_heads)[0].transpose(0, 1),
+        expand_heads(value, num_heads)[0].transpose(0, 1),
         cu_seq_lens,
         cu_seq_lens,
         longest,
@@ -348,14 +329,14 @@ def _per_document(
     parts = zip(
         lengths,
         query.split(lengths, dim=2),
-        _expand_heads(key, num_heads).split(lengths, dim=2),
-        _expand_heads(value, num_heads).split(lengths, dim=2),
+        expand_heads(key, num_heads).split(lengths, dim=2),
+        expand_heads(value, num_heads).split(lengths, dim=2),
         strict=True,
     )
     outs = []
     for length, query_part, key_part, value_part in parts:
         banded = window is not None and length > window
-        mask_LL = _pattern(length, causal=causal, window=window) if banded else None
+        mask_LL = seen_pattern(length, causal=causal, window=window) if banded else None
         outs.append(
             F.scaled_dot_product_attention(
                 query_part,
@@ -368,213 +349,6 @@ def _per_document(
             )
         )
     return torch.cat(outs, dim=2).transpose(1, 2)
-
-
-# ---------------------------------------------------------------- cpu
-
-
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """Documents that share one kernel call.
-
-    A single document is a slice of the row. Several are gathered as [B, L], shorter ones filled up
-    with their own last token: a causal document never sees its fill, another needs ``bias``.
-    """
-
-    start: int
-    end: int
-    num_documents: int
-    length: int
-    gathered: Tensor | None
-    """int64 [B * L], the row's token at each place; None for a single document."""
-    real: Tensor | None
-    """int64, places in B * L that are not fill; None if there is no fill."""
-    tokens: Tensor | None
-    """int64, the row's tokens at ``real``."""
-    bias: Tensor | None
-    """float32 [1 or B, 1, L, L], minus infinity where a query must not look."""
-
-    def take(self, states_HTD: Tensor) -> Tensor:
-        """[H, T, D] to [B, H, L, D]."""
-        if self.gathered is None:
-            return states_HTD[None, :, self.start : self.end]
-        taken: Tensor = states_HTD.index_select(1, self.gathered)
-        taken = taken.unflatten(1, (self.num_documents, self.length)).transpose(0, 1)
-        return taken
-
-    def put(self, row: Tensor, states: Tensor) -> None:
-        """Writes [B, L, ...] to its place in a row [T, ...], without the fill."""
-        if self.tokens is None:
-            row[self.start : self.end].copy_(states[0])
-            return
-        flat = states.flatten(0, 1)
-        if self.real is not None:
-            flat = flat.index_select(0, self.real)
-        row.index_copy_(0, self.tokens, flat.to(row.dtype))
-
-
-# Long documents keep the kernels busy alone; for short ones the calls themselves cost more than the
-# arithmetic, and up to this much of a group may be fill.
-_GROUPED_UP_TO = 128
-_SHORTEST_SHARE = 0.85
-
-
-@lru_cache(maxsize=4)
-def _plan(boundaries: tuple[int, ...], causal: bool, window: int | None) -> tuple[_Group, ...]:
-    """Which documents share a kernel call; the layers of one forward pass share the plan."""
-    documents = sorted(pairwise(boundaries), key=lambda ends: ends[0] - ends[1])
-    shared: list[list[tuple[int, int]]] = []
-    for start, end in documents:
-        length = end - start
-        if shared:
-            longest = shared[-1][0][1] - shared[-1][0][0]
-            like = length == longest or longest <= _GROUPED_UP_TO
-            if like and length >= _SHORTEST_SHARE * longest and longest <= 2 * _GROUPED_UP_TO:
-                shared[-1].append((start, end))
-                continue
-        shared.append([(start, end)])
-    return tuple(_group(documents, causal, window) for documents in shared)
-
-
-def _group(documents: list[tuple[int, int]], causal: bool, window: int | None) -> _Group:
-    starts_B = torch.tensor([start for start, _ in documents])
-    lengths_B = torch.tensor([end - start for start, end in documents])
-    length = int(lengths_B.max())
-    banded = window is not None and length > window
-    filled = bool((lengths_B < length).any())
-    place_L = torch.arange(length)
-
-    seen = _pattern(length, causal=causal, window=window)[None, None] if banded else None
-    if filled and not causal:
-        is_key = (place_L < lengths_B[:, None])[:, None, None, :]
-        # A fill query still looks at something: an empty row would be 0 / 0.
-        seen = is_key.expand(-1, -1, length, -1) if seen is None else seen & is_key
-        seen = seen | (place_L >= lengths_B[:, None])[:, None, :, None]
-    bias = None
-    if seen is not None:
-        bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-
-    if len(documents) == 1:
-        start, end = documents[0]
-        return _Group(start, end, 1, length, None, None, None, bias)
-    gathered = starts_B[:, None] + torch.minimum(place_L, lengths_B[:, None] - 1)
-    is_real = (place_L < lengths_B[:, None]).flatten()
-    return _Group(
-        start=0,
-        end=0,
-        num_documents=len(documents),
-        length=length,
-        gathered=gathered.flatten(),
-        real=is_real.nonzero()[:, 0] if filled else None,
-        tokens=gathered.flatten()[is_real],
-        bias=bias,
-    )
-
-
-_forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-# The bf16 backward kernel took 4.9 times as long as the float32 one at 30 tokens, 3.3 at 100,
-# 1.5 at 200, 1.07 at 400 and 0.6 at 1024 (Zen 4, one thread); float32 is also closer to the truth.
-_FLOAT32_BACKWARD_UP_TO = 400
-
-
-class _DocumentAttention(torch.autograd.Function):
-    """The CPU's fused attention kernels, called per group and writing into one row.
-
-    Saves the unexpanded inputs, the output (which the next projection saves too) and one number per
-    token and head.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        groups: tuple[_Group, ...],
-        causal: bool,
-        scale: float,
-    ) -> Tensor:
-        num_heads, num_tokens, size = query.shape[1:]
-        query_HTD = query[0]
-        key_HTD = _expand_heads(key, num_heads)[0]
-        value_HTD = _expand_heads(value, num_heads)[0]
-        out_THD = query.new_empty(num_tokens, num_heads, size)
-        log_sums_TH = query.new_empty(num_tokens, num_heads, dtype=_reduced(query.dtype))
-        for group in groups:
-            bias = None if group.bias is None else group.bias.to(query.dtype)
-            out_BHLD, log_sums_BHL = _forward_kernel(
-                group.take(query_HTD),
-                group.take(key_HTD),
-                group.take(value_HTD),
-                0.0,
-                causal and group.bias is None,
-                attn_mask=bias,
-                scale=scale,
-            )
-            group.put(out_THD, out_BHLD.transpose(1, 2))
-            group.put(log_sums_TH, log_sums_BHL.transpose(1, 2))
-        out = out_THD[None]
-        ctx.save_for_backward(query, key, value, out, log_sums_TH)
-        ctx.groups, ctx.causal, ctx.scale = groups, causal, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, log_sums_TH = ctx.saved_tensors
-        num_heads, num_kv_heads = query.shape[1], key.shape[1]
-        inputs = (
-            grad_out[0].transpose(0, 1),
-            query[0],
-            _expand_heads(key, num_heads)[0],
-            _expand_heads(value, num_heads)[0],
-            out[0].transpose(0, 1),
-        )
-        num_tokens, size = query.shape[2:]
-        grad_query_THD = query.new_empty(num_tokens, num_heads, size)
-        grad_key_TKD = query.new_empty(num_tokens, num_kv_heads, size)
-        grad_value_TKD = query.new_empty(num_tokens, num_kv_heads, size)
-        for group in ctx.groups:
-            short = group.length <= _FLOAT32_BACKWARD_UP_TO
-            dtype = _reduced(query.dtype) if short else query.dtype
-            taken = [group.take(states).to(dtype) for states in inputs]
-            log_sums_BHL = group.take(log_sums_TH.T[..., None])[..., 0]
-            if group.real is not None:
-                # Fill has no gradient; what was gathered there belongs to the last token.
-                is_fill = torch.ones(group.num_documents * group.length, dtype=torch.bool)
-                is_fill[group.real] = False
-                taken[0] = taken[0].masked_fill(
-                    is_fill.view(group.num_documents, 1, group.length, 1), 0.0
-                )
-            grads = _backward_kernel(
-                *taken,
-                log_sums_BHL,
-                0.0,
-                ctx.causal and group.bias is None,
-                attn_mask=None if group.bias is None else group.bias.to(dtype),
-                scale=ctx.scale,
-            )
-            group.put(grad_query_THD, grads[0].transpose(1, 2))
-            for row, grad_BHLD in ((grad_key_TKD, grads[1]), (grad_value_TKD, grads[2])):
-                grad_BLKGD = grad_BHLD.transpose(1, 2).unflatten(2, (num_kv_heads, -1))
-                group.put(
-                    row, grad_BLKGD.sum(3) if num_kv_heads < num_heads else grad_BLKGD[:, :, :, 0]
-                )
-        return (
-            grad_query_THD[None].transpose(1, 2),
-            grad_key_TKD[None].transpose(1, 2),
-            grad_value_TKD[None].transpose(1, 2),
-            None,
-            None,
-            None,
-        )
-
-
-def _reduced(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the kernels reduce."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _is_not_about_padding(record: logging.LogRecord) -> bool:

@@ -180,7 +180,7 @@ class Trainer:
             available_bytes=available,
             longest=int(self.prepared.dataset.lengths.max()),
             has_vocabulary_loss=self.objective.head != "classification",
-            has_lean_kernels=bool(self.kernels),
+            has_lean_kernels=any(name.endswith(("RMSNorm", "MLP")) for name in self.kernels),
             device_type=device.type,
         )
         self.display.stage(

@@ -14,6 +14,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.activations import NewGELUActivation
 
 from fulltune.models.kernels import install_fast_kernels
 
@@ -79,13 +80,42 @@ def test_what_was_replaced_is_told():
     ]
 
 
-def test_variants_and_other_families_are_left_alone():
+def test_variants_of_norms_and_products_are_left_alone():
     gemma = Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8))
-    gpt2 = GPT2LMHeadModel(
-        GPT2Config(vocab_size=101, n_embd=48, n_layer=2, n_head=6, bos_token_id=1, eos_token_id=2)
-    )
     assert install_fast_kernels(gemma) == []
-    assert install_fast_kernels(gpt2) == []
+
+
+def make_gpt2(**settings):
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=101, n_embd=48, n_layer=2, n_head=6, bos_token_id=1, eos_token_id=2,
+                   **settings)
+    )  # fmt: skip
+
+
+def test_the_one_operation_gelu_is_no_less_exact_than_the_composed_one():
+    gpt2 = make_gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    assert install_fast_kernels(gpt2) == ["2 x NewGELUActivation"]
+    values = 3 * torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        states = values.to(dtype)
+        exact = torch.nn.functional.gelu(states.double(), approximate="tanh")
+        composed, single = NewGELUActivation()(states), gpt2.transformer.h[0].mlp.act(states)
+        assert (single - exact).abs().max() <= (composed - exact).abs().max()
+
+
+def test_dropout_modules_draw_anew_in_training_and_do_nothing_in_evaluation():
+    model = make_gpt2()
+    assert "7 x Dropout" in install_fast_kernels(model)
+    drop = model.transformer.drop
+    states = torch.ones(64, 48)
+    drop.train()
+    torch.manual_seed(0)
+    first, second = drop(states), drop(states)
+    torch.manual_seed(0)
+    assert torch.equal(drop(states), first)
+    assert not torch.equal(first, second)
+    drop.eval()
+    assert torch.equal(drop(states), states)
 
 
 def saved_bytes(model):
