@@ -76,7 +76,7 @@ SENTENCE_START = 2
 
 
 # Changes whenever the columns below, or what is written in them, change.
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 # One unit of work, of the cache and of recovery after a crash. Its bounds do not depend on the
 # number of workers, so neither do the rows nor the files.
@@ -105,6 +105,9 @@ _SCHEMA = pa.schema(
         "where": pa.string(),
     }
 )
+
+# In a shard's metadata: how many of its records have no example in it.
+_LEFT_OUT = b"num_left_out"
 
 Encode: TypeAlias = Callable[[Example], Sequence[EncodedExample]]
 Int32Array: TypeAlias = npt.NDArray[np.int32]
@@ -137,6 +140,7 @@ class EncodedDataset:
         label_names: the labels that occur; as numbers where all are whole numbers, else by name.
         labels: the place of each example's label in `label_names`; -1 without a label.
         num_records: rows of the sources.
+        num_left_out: rows among them that encoding gave nothing for.
         num_duplicates_dropped: examples left out because an earlier one is the same.
     """
 
@@ -154,6 +158,7 @@ class EncodedDataset:
         self._lock = threading.Lock()
 
         columns = _Columns.read(self._paths)
+        self.num_left_out = columns.num_left_out
         self._first_rows: Int64Array = np.cumsum([0, *columns.num_rows], dtype=np.int64)
         self._rows: Int64Array = np.arange(self._first_rows[-1], dtype=np.int64)
         if deduplicate:
@@ -278,7 +283,9 @@ def encode_dataset(
         raise DataError(
             f"none of the {num_records} records of {', '.join(f'`{s}`' for s in sources)} is left "
             "after encoding",
-            hint="with `task.too_long=drop` all were longer than `task.max_length`",
+            hint="with `task.too_long=drop` all were longer than `task.max_length`"
+            if config.too_long == "drop"
+            else "the tokenizer finds no token in any of their texts",
         )
     return dataset
 
@@ -347,8 +354,7 @@ class _Work:
             example = make_example(
                 record, chunk.format, kind=self.kind, needs_label=self.needs_label
             )
-            for encoded in self.encode(example):
-                examples.append(encoded)
+            examples.extend(self.encode(example))
         data = examples.to_ipc()
         path = self.folder / f"shard-{chunk.index:06d}-{_digest(data)}.arrow"
         _write_whole(path, data)
@@ -368,8 +374,15 @@ class _Builder:
         }
         self._offsets = {name: array("i", [0]) for name in self._values}
         self._texts: dict[str, list[str]] = {"label": [], "where": []}
+        self._num_left_out = 0
 
-    def append(self, example: EncodedExample) -> None:
+    def extend(self, examples: Sequence[EncodedExample]) -> None:
+        """All examples of one record."""
+        self._num_left_out += not examples
+        for example in examples:
+            self._append(example)
+
+    def _append(self, example: EncodedExample) -> None:
         num_tokens = len(example["input_ids"])
         assert num_tokens > 0, f"{example['where']}: encoded to no token"
         assert len(example["targets"]) == num_tokens, (
@@ -407,8 +420,9 @@ class _Builder:
             else:
                 columns.append(pa.array(self._texts[field.name], field.type))
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, _SCHEMA) as writer:
-            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+        schema = _SCHEMA.with_metadata({_LEFT_OUT: str(self._num_left_out)})
+        with pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(pa.record_batch(columns, schema=schema))
         return bytes(sink.getvalue())
 
 
@@ -544,12 +558,13 @@ class _Columns:
     """The columns of all shards that are held in memory."""
 
     num_rows: list[int]
+    num_left_out: int
     numbers: dict[str, npt.NDArray[Any]]
     label_names: list[str]
 
     @staticmethod
     def read(paths: Sequence[Path]) -> _Columns:
-        num_rows = []
+        num_rows, num_left_out = [], 0
         parts: dict[str, list[npt.NDArray[Any]]] = {
             name: [] for name in ("length", *_NUMBER_COLUMNS, "label")
         }
@@ -559,6 +574,7 @@ class _Columns:
                 raise _CorruptFile(path)
             table = _Shard(path).table
             num_rows.append(table.num_rows)
+            num_left_out += int(table.schema.metadata[_LEFT_OUT])
             parts["length"].append(np.diff(table["input_ids"].offsets.to_numpy()))
             for name in _NUMBER_COLUMNS:
                 # A copy, or every file would stay mapped until the last is read.
@@ -571,7 +587,10 @@ class _Columns:
             )
             parts["label"].append(code_of[labels.indices.to_numpy()])
         return _Columns(
-            num_rows, {name: np.concatenate(part) for name, part in parts.items()}, list(codes)
+            num_rows,
+            num_left_out,
+            {name: np.concatenate(part) for name, part in parts.items()},
+            list(codes),
         )
 
 

@@ -19,15 +19,10 @@ from torch import Tensor
 from fulltune.config import Settings
 from fulltune.data.arranged import ArrangedExamples, Documents
 from fulltune.data.boundaries import join_chinese_words, sentence_starts, word_starts
-from fulltune.data.encoding import (
-    SENTENCE_START,
-    WORD_START,
-    EncodedExample,
-    content_hash,
-)
-from fulltune.data.tasks import Example, TextExample
+from fulltune.data.encoding import SENTENCE_START, WORD_START, EncodedExample
+from fulltune.data.tasks import Example
 from fulltune.data.windows import Windows
-from fulltune.errors import ConfigError, DataError, ModelError
+from fulltune.errors import ConfigError, ModelError
 from fulltune.models.families import masked_hidden_states
 from fulltune.objectives.base import (
     Batch,
@@ -36,10 +31,12 @@ from fulltune.objectives.base import (
     model_inputs,
     tokenizer_fingerprint,
 )
+from fulltune.objectives.documents import encode_document
 from fulltune.objectives.linear_cross_entropy import LossSums, linear_cross_entropy
 from fulltune.objectives.noise import noise_generator
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_INPUTS = (
@@ -145,36 +142,18 @@ class MaskedLM:
     def encode(self, example: Example) -> list[EncodedExample]:
         """The whole document without special tokens, with its words and sentences marked.
 
-        Raises:
-            DataError: the text has no tokens.
+        There is none where the text has no token.
         """
-        if not isinstance(example, TextExample):
-            raise TypeError(f"{type(example).__name__} is not a document")
-        encoding = self.tokenizer.backend_tokenizer.encode(example.text, add_special_tokens=False)
-        if not encoding.ids:
-            raise DataError(f"{example.where}: the text has no tokens")
+        return encode_document(self.tokenizer, example, boundaries=self._boundaries)
+
+    def _boundaries(self, encoding: Encoding, text: str) -> list[int]:
         words = word_starts(encoding)
         if self._joins_chinese:
-            words = join_chinese_words(words, encoding.offsets, example.text)
-        sentences = sentence_starts(example.text, encoding.offsets)
-        text_hash = content_hash(example.text)
+            words = join_chinese_words(words, encoding.offsets, text)
+        sentences = sentence_starts(text, encoding.offsets)
         return [
-            EncodedExample(
-                input_ids=list(encoding.ids),
-                targets=[1] * len(encoding.ids),
-                token_type_ids=[],
-                label="",
-                num_removed=0,
-                num_removed_targets=0,
-                input_hash=text_hash,
-                example_hash=text_hash,
-                num_bytes=len(example.text.encode()),
-                where=example.where,
-                boundaries=[
-                    WORD_START * word + SENTENCE_START * sentence
-                    for word, sentence in zip(words, sentences, strict=True)
-                ],
-            )
+            WORD_START * word + SENTENCE_START * sentence
+            for word, sentence in zip(words, sentences, strict=True)
         ]
 
     def arrange(

@@ -172,6 +172,8 @@ def _evaluate_pretrained(
         prepared = pretrain.prepare(trained, objective, lambda _: None)
         if data is None:
             _require_unchanged(folder, prepared.sources)
+        for note in prepared.notes:
+            display.stage(note)
         display.stage(f"evaluating {len(prepared.validation):,} examples")
         loaded = load_model(
             base.path, head=objective.head, dtype=torch.float32, attention=IMPLEMENTATION

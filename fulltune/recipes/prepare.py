@@ -204,8 +204,7 @@ def prepare(
         validation = np.arange(len(parts[1]), dtype=np.int64) + len(parts[0])
         sources.append(_describe_source(wanted.source, parts[1].num_records))
     dataset = JoinedDataset(parts)
-    if dataset.num_duplicates_dropped:
-        notes.append(f"{dataset.num_duplicates_dropped:,} exact duplicates dropped")
+    notes += notes_on_rows(dataset, task)
     if isinstance(objective, Classification) and not objective.labels:
         present = set(dataset.labels[train].tolist()) - {-1}
         names = [name for code, name in enumerate(dataset.label_names) if code in present]
@@ -219,6 +218,19 @@ def prepare(
     facts = examine(dataset, splits, end_token_ids=ends)
     findings = check(facts, may_truncate=may_truncate)
     return Prepared(objective, dataset, train, validation, facts, findings, tuple(notes), sources)
+
+
+def notes_on_rows(dataset: JoinedDataset, task: TaskConfig) -> list[str]:
+    """What the user must know of rows that are not in the data set."""
+    reason = "longer than `task.max_length`" if task.too_long == "drop" else "without any token"
+    notes = [
+        f"{side}{part.num_left_out:,} of {part.num_records:,} rows left out: {reason}"
+        for side, part in zip(("", "validation: "), dataset.parts, strict=False)
+        if part.num_left_out
+    ]
+    if dataset.num_duplicates_dropped:
+        notes.append(f"{dataset.num_duplicates_dropped:,} exact duplicates dropped")
+    return notes
 
 
 def _check_labels(labels: Sequence[str], dataset: JoinedDataset) -> None:

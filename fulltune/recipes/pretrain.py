@@ -35,7 +35,7 @@ from fulltune.objectives.permutation_lm import PermutationConfig, PermutationLM
 from fulltune.objectives.sentence_order import SentenceOrder
 from fulltune.objectives.span_corruption import SpanConfig, SpanCorruption
 from fulltune.recipes import finetune
-from fulltune.recipes.prepare import Base, Prepared, open_base
+from fulltune.recipes.prepare import Base, Prepared, notes_on_rows, open_base
 from fulltune.recipes.prepare import prepare as prepare_windows
 from fulltune.runtime import cache_dir, num_cores
 from fulltune.tracking import Display
@@ -273,6 +273,7 @@ def prepare(config: Config, objective: Any, progress: Callable[[int], None]) -> 
     # Sections have no columns of their own to count: then all is counted as one.
     counted = {"train": np.arange(len(whole))} if isinstance(documents, Sections) else splits
     facts = examine(whole, counted)
+    notes += notes_on_rows(whole, task)
     dataset = JoinedExamples(parts)
     train = np.arange(len(parts[0]), dtype=np.int64)
     validation = np.arange(len(parts[0]), len(dataset), dtype=np.int64)

@@ -112,6 +112,7 @@ def test_rows_come_back_as_they_were_encoded(tmp_path: Path) -> None:
     assert dataset[-1] == expected[-1]
     assert dataset.where(2) == f"{path}:3"
     assert dataset.num_records == 5
+    assert dataset.num_left_out == 1
     with pytest.raises(IndexError):
         dataset[len(dataset)]
 
@@ -217,6 +218,19 @@ def test_data_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     path = rows_file(tmp_path / "a.jsonl", 2, line_1="none", line_2="none none")
     with pytest.raises(DataError, match="none of the 2 records of"):
         encoded(path, tmp_path / "cache")
+
+
+def test_rows_that_give_nothing_are_counted_in_the_cache_too(tmp_path: Path) -> None:
+    path = rows_file(tmp_path / "a.jsonl", CHUNK_RECORDS + 9, line_2="none", line_5="none none")
+    rows_file(tmp_path / "b.jsonl", 4, line_3="none")
+    sources = [path, str(tmp_path / "b.jsonl")]
+    assert encoded(sources, tmp_path / "cache").num_left_out == 3
+    complete, *_ = (tmp_path / "cache").glob("*/complete.json")
+    complete.unlink()  # as after a kill: the shards are there, and are not encoded again
+    before = shards(tmp_path / "cache")
+    again = encoded(sources, tmp_path / "cache")
+    assert shards(tmp_path / "cache") == before
+    assert (again.num_left_out, again.num_records) == (3, CHUNK_RECORDS + 13)
 
 
 def test_duplicates_are_dropped_after_the_first_and_counted(tmp_path: Path) -> None:

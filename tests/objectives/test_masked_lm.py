@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 
 from fulltune.data.encoding import EncodedExample, content_hash
 from fulltune.data.tasks import TextExample
-from fulltune.errors import ConfigError, DataError, ModelError
+from fulltune.errors import ConfigError, ModelError
 from fulltune.models.loading import load_tokenizer
 from fulltune.objectives.masked_lm import MaskedLM, MaskingConfig
 
@@ -314,6 +314,10 @@ def test_hashes_and_bytes_are_those_of_the_document(tokenizer: PreTrainedTokeniz
     assert len(document["input_ids"]) > 8
 
 
+def test_a_text_without_tokens_is_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert MaskedLM(tokenizer, 16).encode(TextExample(" \u200b", "a.txt:4")) == []
+
+
 def test_what_cannot_be_trained_is_said(
     tokenizer: PreTrainedTokenizerBase, tiny_llama: Path
 ) -> None:
@@ -321,7 +325,5 @@ def test_what_cannot_be_trained_is_said(
         MaskedLM(load_tokenizer(tiny_llama), 16)
     with pytest.raises(ConfigError, match="`max_length` is 2"):
         MaskedLM(tokenizer, 2)
-    with pytest.raises(DataError, match=r"a\.txt:4: the text has no tokens"):
-        MaskedLM(tokenizer, 16).encode(TextExample(" \u200b", "a.txt:4"))
     with pytest.raises(ValueError, match="rate"):
         MaskingConfig(rate=1.0)

@@ -132,6 +132,17 @@ def test_a_resumed_pretraining_equals_an_unbroken_one_bit_for_bit(
     assert checkpoint.step == 6
 
 
+def test_documents_without_tokens_are_left_out_and_it_is_said(
+    tmp_path: Path, corpus: Path, tiny_bert: Path
+) -> None:
+    data = tmp_path / "corpus.jsonl"
+    data.write_text(corpus.read_text(encoding="utf-8") + '{"text": "\\u200b"}\n', encoding="utf-8")
+    config = make_config(tmp_path / "run", data, tiny_bert, "bert-tiny")
+    _, objective = pretrain.open_start(config)
+    prepared = pretrain.prepare(config, objective, lambda _: None)
+    assert "1 of 101 rows left out: without any token" in prepared.notes
+
+
 def test_a_new_model_is_the_same_for_the_same_seed(
     tmp_path: Path, corpus: Path, tiny_gpt2: Path
 ) -> None:
