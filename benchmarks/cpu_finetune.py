@@ -200,18 +200,21 @@ def run_peer(
 def run_fulltune(
     model: str, seed: int, folder: Path, options: argparse.Namespace
 ) -> tuple[dict[str, Any], Path]:
+    """Fine-tune; see `run_verb`."""
+    task = {"kind": options.kind, "train": str(folder / "records.jsonl"), "validation": None}
+    settings = {"model": model, "task": task, "batch": f"{options.batch} examples"}
+    return run_verb("finetune", settings, seed, folder, options)
+
+
+def run_verb(
+    verb: str, settings: dict[str, Any], seed: int, folder: Path, options: argparse.Namespace
+) -> tuple[dict[str, Any], Path]:
     """Train by the public command, with its defaults for all that the peers do not share."""
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     config = {
-        "model": model,
-        "task": {
-            "kind": options.kind,
-            "train": str(folder / "records.jsonl"),
-            "validation": None,
-        },
+        **settings,
         "duration": f"{options.steps} steps",
-        "batch": f"{options.batch} examples",
         "optimizer": {
             "lr": options.lr,
             "betas": options.betas,
@@ -225,8 +228,9 @@ def run_fulltune(
     }
     config_file = folder / "fulltune.yaml"
     config_file.write_text(json.dumps(config, indent=1), encoding="utf-8")  # JSON is YAML
-    command = [sys.executable, "-m", "fulltune", "finetune", str(config_file)]
-    # Its own cache, so that the first round tokenizes the rows as a first run does.
+    command = [sys.executable, "-m", "fulltune", verb, str(config_file)]
+    # Its own cache, so that the first round tokenizes the rows, and makes a new model, as a first
+    # run does.
     cache = {"FULLTUNE_CACHE": str(folder / "cache")}
     child = run_child(command, folder / "fulltune.log", folder, options, cache)
     return child | {"steps": steps_of_log(run_dir / "metrics.jsonl")}, run_dir / "model"

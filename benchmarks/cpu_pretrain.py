@@ -30,8 +30,8 @@ from cpu_finetune import (
     rates_of,
     run_child,
     run_script,
+    run_verb,
     say,
-    steps_of_log,
     versions,
 )
 from rich.console import Console
@@ -188,38 +188,16 @@ def run_peer(
 def run_fulltune(
     objective: str, seed: int, folder: Path, options: argparse.Namespace
 ) -> tuple[dict[str, Any], Path]:
-    """Pre-train by the public command, with its defaults for all that the peers do not share."""
-    run_dir = folder / "run"
-    shutil.rmtree(run_dir, ignore_errors=True)
-    config = {
+    """Pre-train; see `run_verb`."""
+    task = {"kind": "text", "train": str(folder / "train_documents.jsonl"), "validation": None}
+    settings = {
         "model": getattr(options, f"{objective}_model"),
         "tokenizer": str(folder / "tokenizer"),
-        "task": {
-            "kind": "text",
-            "train": str(folder / "train_documents.jsonl"),
-            "validation": None,
-        },
+        "task": task,
         "objective": {"length": options.length, **({"stream": True} if objective == "clm" else {})},
-        "duration": f"{options.steps} steps",
         "batch": f"{batch_of(objective, options)} examples",
-        "optimizer": {
-            "lr": options.lr,
-            "betas": options.betas,
-            "weight_decay": options.weight_decay,
-            "schedule": "constant",
-            "warmup": f"{options.warmup} steps",
-            "clip_norm": options.clip_norm,
-        },
-        "run_dir": str(run_dir),
-        "seed": seed,
     }
-    config_file = folder / "fulltune.yaml"
-    config_file.write_text(json.dumps(config, indent=1), encoding="utf-8")  # JSON is YAML
-    command = [sys.executable, "-m", "fulltune", "pretrain", str(config_file)]
-    # Its own cache, so that the new model is made and the text encoded as in a first run.
-    cache = {"FULLTUNE_CACHE": str(folder / "cache")}
-    child = run_child(command, folder / "fulltune.log", folder, options, cache)
-    return child | {"steps": steps_of_log(run_dir / "metrics.jsonl")}, run_dir / "model"
+    return run_verb("pretrain", settings, seed, folder, options)
 
 
 def summarize(peer: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
