@@ -21,6 +21,8 @@ from fulltune.models.attention import make_document_kwargs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fulltune.objectives.linear_cross_entropy import LossSums
+
 Batch: TypeAlias = dict[str, Any]
 """A micro-batch: each objective's own TypedDict says what is in it."""
 
@@ -56,6 +58,15 @@ class Scores:
     logits_DC: Tensor | None = None
     """Classification: float32 [documents, classes], on the CPU."""
     label_indices_D: Tensor | None = None
+
+
+def token_scores(sums: LossSums, num_targets: int) -> Scores:
+    """The scores of an objective whose targets are tokens, without smoothing and z-loss."""
+    return Scores(
+        loss_sum=float(sums.cross_entropy_sum),
+        num_targets=num_targets,
+        num_correct=int(sums.num_correct),
+    )
 
 
 class Objective(Protocol):

@@ -23,6 +23,7 @@ from fulltune.objectives.base import (
     TooLong,
     collate_tokens,
     model_inputs,
+    token_scores,
     tokenizer_fingerprint,
 )
 from fulltune.objectives.linear_cross_entropy import LossSums, linear_cross_entropy
@@ -192,11 +193,7 @@ class CausalLM:
         """Plain cross-entropy (no smoothing, no z-loss) and how often the first guess was right."""
         with torch.no_grad():
             sums = self._losses(model, batch)
-        return Scores(
-            loss_sum=float(sums.cross_entropy_sum),
-            num_targets=self.num_targets(batch),
-            num_correct=int(sums.num_correct),
-        )
+        return token_scores(sums, self.num_targets(batch))
 
     def _losses(self, model: PreTrainedModel, batch: Batch) -> LossSums:
         output = model.base_model(**model_inputs(batch, MODEL_INPUTS), use_cache=False)

@@ -29,6 +29,7 @@ from fulltune.objectives.base import (
     Scores,
     collate_tokens,
     model_inputs,
+    token_scores,
     tokenizer_fingerprint,
 )
 from fulltune.objectives.documents import encode_document
@@ -241,11 +242,7 @@ class MaskedLM:
         """The same loss, and how often the first guess was the hidden token."""
         with torch.no_grad():
             sums = masked_losses(model, batch, last_hidden_states(model, batch))
-        return Scores(
-            loss_sum=float(sums.cross_entropy_sum),
-            num_targets=self.num_targets(batch),
-            num_correct=int(sums.num_correct),
-        )
+        return token_scores(sums, self.num_targets(batch))
 
 
 def last_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:

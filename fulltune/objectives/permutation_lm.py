@@ -28,7 +28,7 @@ from fulltune.data.encoding import EncodedExample
 from fulltune.data.streams import TokenStream
 from fulltune.data.tasks import Example
 from fulltune.errors import ModelError
-from fulltune.objectives.base import Batch, Scores, tokenizer_fingerprint
+from fulltune.objectives.base import Batch, Scores, token_scores, tokenizer_fingerprint
 from fulltune.objectives.documents import encode_document
 from fulltune.objectives.linear_cross_entropy import LossSums, linear_cross_entropy
 from fulltune.objectives.noise import noise_generator
@@ -283,11 +283,7 @@ class PermutationLM:
         """The same loss, and how often the first guess was right."""
         with torch.no_grad():
             sums = self._losses(model, batch)
-        return Scores(
-            loss_sum=float(sums.cross_entropy_sum),
-            num_targets=self.num_targets(batch),
-            num_correct=int(sums.num_correct),
-        )
+        return token_scores(sums, self.num_targets(batch))
 
     def _losses(self, model: PreTrainedModel, batch: Batch) -> LossSums:
         _require_xlnet(model, batch)

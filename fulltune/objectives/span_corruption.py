@@ -22,7 +22,7 @@ from fulltune.data.encoding import EncodedExample
 from fulltune.data.streams import TokenStream
 from fulltune.data.tasks import Example
 from fulltune.errors import DataError, ModelError
-from fulltune.objectives.base import Batch, Scores, tokenizer_fingerprint
+from fulltune.objectives.base import Batch, Scores, token_scores, tokenizer_fingerprint
 from fulltune.objectives.causal_lm import logit_scale, logit_softcap
 from fulltune.objectives.documents import encode_document
 from fulltune.objectives.linear_cross_entropy import LossSums, linear_cross_entropy
@@ -229,11 +229,7 @@ class SpanCorruption:
         """Plain cross-entropy (no smoothing, no z-loss) and how often the first guess was right."""
         with torch.no_grad():
             sums = self._losses(model, batch)
-        return Scores(
-            loss_sum=float(sums.cross_entropy_sum),
-            num_targets=self.num_targets(batch),
-            num_correct=int(sums.num_correct),
-        )
+        return token_scores(sums, self.num_targets(batch))
 
     def _losses(self, model: PreTrainedModel, batch: Batch) -> LossSums:
         hidden_BTH = decoder_hidden_states(model, batch)
