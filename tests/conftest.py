@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 # Before torch and huggingface_hub are imported: they read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -28,6 +30,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from fulltune.data.encoding import EncodedExample
+from fulltune.data.tasks import TextExample
+from fulltune.objectives.base import Objective
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -51,6 +57,44 @@ LINES = (
     "She sells sea shells by the sea shore.",
     "法国的首都是巴黎。你好，世界！今天天气很好。",
 )
+
+
+class DocumentsInMemory:
+    """Encoded documents in a list, as an encoded data set offers them; counts what is read."""
+
+    fingerprint = "documents"
+
+    def __init__(self, examples: Iterable[EncodedExample]) -> None:
+        self.examples = list(examples)
+        self.lengths = np.array([len(each["input_ids"]) for each in self.examples], dtype=np.int32)
+        self.num_tokens_read = 0
+
+    @classmethod
+    def of_texts(cls, objective: Objective, texts: Sequence[str]) -> DocumentsInMemory:
+        """The texts as an objective encodes them, one a line of a file."""
+        return cls(
+            example
+            for line, text in enumerate(texts, start=1)
+            for example in objective.encode(TextExample(text, f"a.txt:{line}"))
+        )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int, /) -> EncodedExample:
+        return self.piece(index, 0, int(self.lengths[index]))
+
+    def piece(self, index: int, start: int, stop: int, /) -> EncodedExample:
+        document = self.examples[index]
+        piece = {
+            name: value[start:stop] if isinstance(value, list) else value
+            for name, value in document.items()
+        }
+        self.num_tokens_read += len(document["input_ids"][start:stop])
+        return cast(EncodedExample, piece)
+
+    def where(self, index: int, /) -> str:
+        return self.examples[index]["where"]
 
 
 @pytest.fixture(scope="session")

@@ -14,53 +14,37 @@ from fulltune.data.boundaries import sentence_starts
 from fulltune.data.encoding import SENTENCE_START, EncodedExample
 from fulltune.data.sentence_pairs import Pair, SentencePairs, SentencePairsConfig, draw_pairs
 from fulltune.errors import DataError
+from tests.conftest import DocumentsInMemory
 
 START, SEPARATOR = 1, 2
 
 
-class Documents:
+def make_documents(sentences: Sequence[Sequence[int]]) -> DocumentsInMemory:
     """Documents whose sentences have the given lengths; every token is a number of its own."""
-
-    fingerprint = "list"
-
-    def __init__(self, sentences: Sequence[Sequence[int]]) -> None:
-        self.examples = []
-        for number, lengths in enumerate(sentences):
-            total = sum(lengths)
-            marks = [
+    return DocumentsInMemory(
+        EncodedExample(
+            input_ids=list(range(1000 * (number + 1), 1000 * (number + 1) + sum(lengths))),
+            targets=[1] * sum(lengths),
+            token_type_ids=[],
+            label="",
+            num_removed=0,
+            num_removed_targets=0,
+            input_hash=number,
+            example_hash=number,
+            num_bytes=sum(lengths),
+            where=f"a.txt:{number + 1}",
+            boundaries=[
                 SENTENCE_START * (index == 0) + 1 for length in lengths for index in range(length)
-            ]
-            self.examples.append(
-                EncodedExample(
-                    input_ids=list(range(1000 * (number + 1), 1000 * (number + 1) + total)),
-                    targets=[1] * total,
-                    token_type_ids=[],
-                    label="",
-                    num_removed=0,
-                    num_removed_targets=0,
-                    input_hash=number,
-                    example_hash=number,
-                    num_bytes=total,
-                    where=f"a.txt:{number + 1}",
-                    boundaries=marks,
-                )
-            )
-        self.lengths = np.array([sum(lengths) for lengths in sentences])
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> EncodedExample:
-        return self.examples[index]
-
-    def where(self, index: int) -> str:
-        return self.examples[index]["where"]
+            ],
+        )
+        for number, lengths in enumerate(sentences)
+    )
 
 
 def make(
     sentences: Sequence[Sequence[int]], max_length: int = 23, seed: int = 0, **values: Any
 ) -> SentencePairs:
-    documents = Documents(sentences)
+    documents = make_documents(sentences)
     return SentencePairs(
         documents,
         range(len(documents)),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,22 +11,15 @@ from hypothesis import strategies as st
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.streams import TokenStream
 from fulltune.errors import DataError
+from tests.conftest import DocumentsInMemory
 
 END = -1
 
 
-class Documents:
-    """Documents in memory; every token tells its document and its place there."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        self.lengths = np.array(lengths, dtype=np.int32)
-        self.fingerprint = str(lengths)
-        self.num_reads = 0
-
-    def __getitem__(self, index: int, /) -> EncodedExample:
-        self.num_reads += 1
-        length = int(self.lengths[index])
-        return EncodedExample(
+def make_documents(lengths: Sequence[int]) -> DocumentsInMemory:
+    """Every token tells its document and its place there."""
+    return DocumentsInMemory(
+        EncodedExample(
             input_ids=[1000 * index + place for place in range(length)],
             targets=[1] * length,
             token_type_ids=[],
@@ -35,16 +29,10 @@ class Documents:
             input_hash=index,
             example_hash=index,
             num_bytes=3 * length + 1,
-            where=self.where(index),
+            where=f"text.txt:{index + 1}",
         )
-
-    def piece(self, index: int, start: int, stop: int, /) -> EncodedExample:
-        piece = self[index].copy()
-        piece["input_ids"] = piece["input_ids"][start:stop]
-        return piece
-
-    def where(self, index: int, /) -> str:
-        return f"text.txt:{index + 1}"
+        for index, length in enumerate(lengths)
+    )
 
 
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)
@@ -54,7 +42,7 @@ lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 def test_windows_end_to_end_are_whole_documents_each_with_its_end(
     lengths: list[int], window: int, seed: int
 ) -> None:
-    documents = Documents(lengths)
+    documents = make_documents(lengths)
     stream = TokenStream(documents, range(len(lengths)), seed, window_tokens=window, end_id=END)
     windows = [stream[index] for index in range(len(stream))]
     assert [len(each["input_ids"]) for each in windows] == stream.lengths.tolist()
@@ -77,18 +65,18 @@ def test_the_bytes_of_all_windows_are_those_of_the_documents(
     lengths: list[int], window: int
 ) -> None:
     stream = TokenStream(
-        Documents(lengths), range(len(lengths)), 0, window_tokens=window, end_id=END
+        make_documents(lengths), range(len(lengths)), 0, window_tokens=window, end_id=END
     )
     total = sum(stream[index]["num_bytes"] for index in range(len(stream)))
     assert total == sum(3 * length + 1 for length in lengths)
 
 
 def test_a_window_is_named_by_its_first_document_and_reads_only_its_own() -> None:
-    documents = Documents([7] * 50)
+    documents = make_documents([7] * 50)
     stream = TokenStream(documents, range(50), 3, window_tokens=8, end_id=END)
-    documents.num_reads = 0
+    documents.num_tokens_read = 0
     example = stream[20]
-    assert documents.num_reads == 1
+    assert documents.num_tokens_read == 7
     document = example["input_ids"][0] // 1000
     assert example["where"] == stream.where(20) == f"text.txt:{document + 1}"
     assert example["input_ids"][-1] == END
@@ -99,7 +87,7 @@ def test_a_window_is_named_by_its_first_document_and_reads_only_its_own() -> Non
 
 
 def test_the_order_follows_from_the_seed_and_the_set_of_documents() -> None:
-    documents = Documents([5] * 40)
+    documents = make_documents([5] * 40)
 
     def make(indices: list[int], seed: int) -> TokenStream:
         return TokenStream(documents, indices, seed, window_tokens=6, end_id=END)
@@ -114,7 +102,7 @@ def test_the_order_follows_from_the_seed_and_the_set_of_documents() -> None:
 
 
 def test_a_short_last_window_is_dropped_if_asked() -> None:
-    documents = Documents([10, 10])
+    documents = make_documents([10, 10])
     kept = TokenStream(documents, [0, 1], 0, window_tokens=8, end_id=END)
     dropped = TokenStream(documents, [0, 1], 0, window_tokens=8, end_id=END, keep_last=False)
     assert kept.lengths.tolist() == [8, 8, 6]
@@ -123,4 +111,4 @@ def test_a_short_last_window_is_dropped_if_asked() -> None:
 
 def test_too_little_text_for_one_window_is_said() -> None:
     with pytest.raises(DataError, match="1 documents of this split have 11 tokens"):
-        TokenStream(Documents([10]), [0], 0, window_tokens=64, end_id=END, keep_last=False)
+        TokenStream(make_documents([10]), [0], 0, window_tokens=64, end_id=END, keep_last=False)

@@ -18,11 +18,11 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from fulltune.data.tasks import TextExample
 from fulltune.errors import ModelError
 from fulltune.models.loading import load_model_config
 from fulltune.models.warm_start import WarmStart, save_warm_start, warm_start_xlnet, xlnet_config_of
 from fulltune.objectives.permutation_lm import PermutationLM
+from tests.conftest import DocumentsInMemory
 
 HEADS, HEAD_SIZE = 4, 8
 
@@ -211,22 +211,9 @@ def test_the_saved_folder_trains_as_xlnet_and_takes_a_classification_head(
         assert torch.equal(value, start.state[name])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "xlnet")
     objective = PermutationLM(tokenizer, 32)
-    (document,) = objective.encode(TextExample("How many birds live near the river in Rome?", "a"))
-
-    class One:
-        lengths = torch.tensor([len(document["input_ids"])], dtype=torch.int32).numpy()
-        fingerprint = "one"
-
-        def __getitem__(self, index: int, /) -> Any:
-            return document
-
-        def piece(self, index: int, start: int, stop: int, /) -> Any:
-            return {**document, "input_ids": document["input_ids"][start:stop]}
-
-        def where(self, index: int, /) -> str:
-            return "a"
-
-    batch = objective.collate([objective.arrange(One(), [0], 0)[0]])
+    text = "How many birds live near the river in Rome?"
+    documents = DocumentsInMemory.of_texts(objective, [text])
+    batch = objective.collate([objective.arrange(documents, [0], 0)[0]])
     assert batch["input_ids"][0, -2:].tolist() == [tokenizer.sep_token_id, tokenizer.cls_token_id]
     loss = objective.loss_sum(model, batch)
     loss.backward()

@@ -18,6 +18,7 @@ from fulltune.data.tasks import TextExample
 from fulltune.errors import ConfigError, ModelError
 from fulltune.models.loading import load_tokenizer
 from fulltune.objectives.masked_lm import MaskedLM, MaskingConfig
+from tests.conftest import DocumentsInMemory
 
 TEXTS = (
     "The capital of the country is a city by the river. She sells sea shells!",
@@ -27,43 +28,13 @@ TEXTS = (
 )
 
 
-class Documents:
-    """Encoded documents in a list, as an encoded data set offers them."""
-
-    fingerprint = "list"
-
-    def __init__(self, objective: MaskedLM, texts: Sequence[str] = TEXTS) -> None:
-        self.examples = [
-            example
-            for line, text in enumerate(texts, start=1)
-            for example in objective.encode(TextExample(text, f"a.txt:{line}"))
-        ]
-        self.lengths = np.array([len(example["input_ids"]) for example in self.examples])
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> EncodedExample:
-        return self.examples[index]
-
-    def piece(self, index: int, start: int, stop: int, /) -> EncodedExample:
-        piece = self[index].copy()
-        for name in ("input_ids", "targets", "boundaries"):
-            if name in piece:
-                piece[name] = piece[name][start:stop]
-        return piece
-
-    def where(self, index: int) -> str:
-        return self.examples[index]["where"]
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tiny_bert: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(tiny_bert)
 
 
 def arranged(objective: MaskedLM, texts: Sequence[str] = TEXTS) -> list[EncodedExample]:
-    documents = Documents(objective, texts)
+    documents = DocumentsInMemory.of_texts(objective, texts)
     examples = objective.arrange(documents, range(len(documents)), seed=0)
     assert [len(examples[i]["input_ids"]) for i in range(len(examples))] == list(examples.lengths)
     return [examples[index] for index in range(len(examples))]
@@ -112,7 +83,7 @@ def test_windows_keep_every_token_once_and_never_mix_documents(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     objective = MaskedLM(tokenizer, 9)
-    documents = Documents(objective)
+    documents = DocumentsInMemory.of_texts(objective, TEXTS)
     examples = objective.arrange(documents, [2, 0], seed=0)
     seen: dict[str, list[int]] = {}
     for index in range(len(examples)):

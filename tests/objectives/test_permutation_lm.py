@@ -16,7 +16,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, X
 from transformers import XLNetLMHeadModel as XLNet
 
 from fulltune.data.encoding import EncodedExample
-from fulltune.data.tasks import TextExample
 from fulltune.errors import ModelError
 from fulltune.objectives.base import Batch
 from fulltune.objectives.permutation_lm import PermutationConfig, PermutationLM
@@ -27,6 +26,7 @@ from fulltune.objectives.permutation_order import (
     permutation_mask,
     word_starts,
 )
+from tests.conftest import DocumentsInMemory
 
 LINES = (
     "The capital of the country is a city by the river.",
@@ -75,24 +75,6 @@ def make_example(ids: Sequence[int], *, seed: int = 0, memory: Sequence[int] = (
 
 def random_ids(count: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(len(SPECIAL), len(TOKENIZER), count).tolist()
-
-
-class Documents:
-    def __init__(self, examples: Sequence[EncodedExample]) -> None:
-        self.examples = examples
-        self.lengths = np.array([len(each["input_ids"]) for each in examples], dtype=np.int32)
-        self.fingerprint = "documents"
-
-    def __getitem__(self, index: int, /) -> EncodedExample:
-        return self.examples[index]
-
-    def piece(self, index: int, start: int, stop: int, /) -> EncodedExample:
-        piece = self[index].copy()
-        piece["input_ids"] = piece["input_ids"][start:stop]
-        return piece
-
-    def where(self, index: int, /) -> str:
-        return f"text.txt:{index + 1}"
 
 
 # -- who sees whom ---------------------------------------------------------------------------------
@@ -349,14 +331,9 @@ def test_memory_is_read_and_gets_no_gradient() -> None:
 # -- documents -------------------------------------------------------------------------------------
 
 
-def make_documents(objective: PermutationLM) -> Documents:
-    return Documents(
-        [
-            example
-            for number, line in enumerate(LINES * 3)
-            for example in objective.encode(TextExample(f"{line} {number}", f"text.txt:{number}"))
-        ]
-    )
+def make_documents(objective: PermutationLM) -> DocumentsInMemory:
+    texts = [f"{line} {number}" for number, line in enumerate(LINES * 3)]
+    return DocumentsInMemory.of_texts(objective, texts)
 
 
 @pytest.mark.parametrize("memory_length", [0, 5, 40])

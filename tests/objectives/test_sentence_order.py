@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -26,6 +25,7 @@ from fulltune.errors import ConfigError, DataError, ModelError
 from fulltune.models.loading import load_tokenizer
 from fulltune.objectives.masked_lm import MaskedLM, MaskingConfig
 from fulltune.objectives.sentence_order import SentenceOrder
+from tests.conftest import DocumentsInMemory
 
 TEXTS = (
     "The capital of the country is a city by the river. She sells sea shells by the sea shore. "
@@ -37,29 +37,6 @@ TEXTS = (
 )
 
 
-class Documents:
-    """Encoded documents in a list, as an encoded data set offers them."""
-
-    fingerprint = "list"
-
-    def __init__(self, objective: SentenceOrder, texts: Sequence[str]) -> None:
-        self.examples = [
-            example
-            for line, text in enumerate(texts, start=1)
-            for example in objective.encode(TextExample(text, f"a.txt:{line}"))
-        ]
-        self.lengths = np.array([len(example["input_ids"]) for example in self.examples])
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> EncodedExample:
-        return self.examples[index]
-
-    def where(self, index: int) -> str:
-        return self.examples[index]["where"]
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tiny_bert: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(tiny_bert)
@@ -68,7 +45,7 @@ def tokenizer(tiny_bert: Path) -> PreTrainedTokenizerBase:
 def arranged(
     objective: SentenceOrder, texts: Sequence[str] = TEXTS, seed: int = 0
 ) -> list[EncodedExample]:
-    documents = Documents(objective, texts)
+    documents = DocumentsInMemory.of_texts(objective, texts)
     examples = objective.arrange(documents, range(len(documents)), seed=seed)
     return [examples[index] for index in range(len(examples))]
 

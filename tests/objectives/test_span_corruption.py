@@ -35,6 +35,7 @@ from fulltune.objectives.spans import (
     random_segmentation,
     raw_length,
 )
+from tests.conftest import DocumentsInMemory
 
 END = 1
 SENTINELS = tuple(range(9999, 7999, -1))
@@ -194,30 +195,10 @@ def test_ul2_draws_all_seven_and_never_exceeds_the_inputs() -> None:
     assert plain.mode_ids == {}
 
 
-class Documents:
-    def __init__(self, examples: list[EncodedExample]) -> None:
-        self.examples = examples
-        self.lengths = np.array([len(each["input_ids"]) for each in examples])
-        self.fingerprint = "documents"
-
-    def __getitem__(self, index: int, /) -> EncodedExample:
-        return self.examples[index]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def piece(self, index: int, start: int, stop: int, /) -> EncodedExample:
-        example = self.examples[index]
-        return {**example, "input_ids": example["input_ids"][start:stop]}
-
-    def where(self, index: int, /) -> str:
-        return self.examples[index]["where"]
-
-
 def test_a_batch_of_full_windows_has_no_padding_and_no_mask() -> None:
     objective = OBJECTIVES["t5"]
     text = "巴黎是法国的首都。The dog sleeps. " * 70
-    documents = Documents(objective.encode(TextExample(text, "text.txt:1")))
+    documents = DocumentsInMemory.of_texts(objective, [text])
     stream = objective.arrange(documents, np.arange(1), 0)
     assert stream.lengths[:4].tolist() == [568] * 4
     batch = objective.collate([stream[index] for index in range(4)])
