@@ -121,9 +121,7 @@ class SentencePairs:
 
     def __getitem__(self, index: int) -> EncodedExample:
         pair = self.pair(index)
-        first = self._documents[int(self._rows[pair.first.document])]
-        second = self._documents[int(self._rows[pair.second.document])]
-        one, two = slice(*pair.first[1:]), slice(*pair.second[1:])
+        first, second = self._piece(pair.first), self._piece(pair.second)
         before, after = [self._start_id], [self._separator_id]
         num_first, num_second = pair.first.num_tokens + 2, pair.second.num_tokens + 1
         content = [
@@ -133,10 +131,10 @@ class SentencePairs:
         marks = [each.get("boundaries", [0] * len(each["input_ids"])) for each in (first, second)]
         return EncodedExample(
             input_ids=[
-                *(*before, *first["input_ids"][one], *after),
-                *(*second["input_ids"][two], *after),
+                *(*before, *first["input_ids"], *after),
+                *(*second["input_ids"], *after),
             ],
-            targets=[0, *first["targets"][one], 0, *second["targets"][two], 0],
+            targets=[0, *first["targets"], 0, *second["targets"], 0],
             token_type_ids=[0] * num_first + [1] * num_second,
             label=str(pair.label),
             num_removed=0,
@@ -145,8 +143,12 @@ class SentencePairs:
             example_hash=content_hash(*content, str(pair.label)),
             num_bytes=0,
             where=first["where"],
-            boundaries=[0, *marks[0][one], 0, *marks[1][two], 0],
+            boundaries=[0, *marks[0], 0, *marks[1], 0],
         )
+
+    def _piece(self, segment: Segment) -> EncodedExample:
+        row = int(self._rows[segment.document])
+        return self._documents.piece(row, segment.start, segment.end)
 
     def where(self, index: int) -> str:
         """File and line of the first segment's document."""

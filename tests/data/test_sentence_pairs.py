@@ -56,6 +56,18 @@ def make(
     )
 
 
+def test_of_long_documents_only_the_segments_are_read() -> None:
+    documents = make_documents([[9] * 200, [7] * 300])
+    pairs = SentencePairs(
+        documents, [0, 1], SentencePairsConfig(), max_length=43, start_id=START,
+        separator_id=SEPARATOR, seed=0,
+    )  # fmt: skip
+    documents.num_tokens_read = 0
+    for index in range(len(pairs)):
+        assert pairs[index]["where"] == pairs.where(index)
+    assert documents.num_tokens_read == sum(pairs.lengths - 3)
+
+
 CORPUS = st.lists(
     st.lists(st.integers(1, 12), min_size=1, max_size=12), min_size=2, max_size=6
 ).filter(lambda documents: max(map(len, documents)) > 1)
