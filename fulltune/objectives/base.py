@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from fulltune.data.arranged import ArrangedExamples, Documents
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.tasks import Example
 from fulltune.models.attention import make_document_kwargs
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fulltune.objectives.linear_cross_entropy import LossSums
@@ -115,6 +118,16 @@ class Objective(Protocol):
 
     def score(self, model: PreTrainedModel, batch: Batch) -> Scores:
         """The same loss and what the metrics need, without gradients."""
+        ...
+
+
+class ArrangingObjective(Objective, Protocol):
+    """An objective whose examples are made of whole documents, once these are split."""
+
+    def arrange(
+        self, documents: Documents, indices: npt.NDArray[np.int64], seed: int
+    ) -> ArrangedExamples:
+        """The examples of the documents of one split; they are read when asked for."""
         ...
 
 

@@ -17,7 +17,7 @@ from fulltune.data.formats import make_example, recognise_format
 from fulltune.data.joined import JoinedDataset
 from fulltune.data.preview import Finding, PreviewFacts, check, examine
 from fulltune.data.records import check_source, read_records, source_fingerprint
-from fulltune.data.splits import Source, parse_validation, split_dataset
+from fulltune.data.splits import Source, Split, Splittable, parse_validation, split_dataset
 from fulltune.data.tasks import ChatExample, Example, TaskConfig
 from fulltune.errors import ConfigError, DataError, ModelError
 from fulltune.models.families import family_of
@@ -63,6 +63,20 @@ class Prepared:
     """What the user must know: how rows were read and split."""
     sources: list[dict[str, Any]]
     """For the manifest: source, content hash, rows."""
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """The rows of a task as tokens, before any is set aside."""
+
+    train: EncodedDataset
+    validation: EncodedDataset | None
+    """Where validation has a source of its own."""
+    joined: JoinedDataset
+    """Both end to end."""
+    notes: tuple[str, ...]
+    sources: list[dict[str, Any]]
+    """The same two as in `Prepared`."""
 
 
 def open_base(model: str, task: TaskConfig) -> Base:
@@ -174,53 +188,94 @@ def prepare(
     Raises:
         DataError: a row cannot be used. Findings of the checks are returned, not raised.
     """
-    train_sources = (task.train,) if isinstance(task.train, str) else tuple(task.train)
     # One row that does not fit is an error, but first all of them are counted.
     may_truncate = task.too_long != "error"
     encoder = objective if may_truncate else replace(objective, too_long="truncate")
-
-    def encode(sources: Sequence[str]) -> EncodedDataset:
-        return encode_dataset(
-            sources,
-            task,
-            encoder.encode,
-            encode_fingerprint=encoder.fingerprint,
-            num_workers=num_cores() if num_workers is None else num_workers,
-            cache_dir=cache_dir() / "encoded",
-            progress=progress,
-        )
-
-    parts = [encode(train_sources)]
-    notes = [f"rows read as {parts[0].format}"]
-    wanted = parse_validation(task.validation) if task.validation is not None else None
-    split = split_dataset(parts[0], task.validation, seed=seed)
-    train, validation = split.train, split.validation
-    if split.note:
-        notes.append(split.note)
-    rows = parts[0].num_records if len(train_sources) == 1 else None
-    sources = [_describe_source(source, rows) for source in train_sources]
-    if isinstance(wanted, Source):
-        parts.append(encode([wanted.source]))
-        validation = np.arange(len(parts[1]), dtype=np.int64) + len(parts[0])
-        sources.append(_describe_source(wanted.source, parts[1].num_records))
-    dataset = JoinedDataset(parts)
-    notes += notes_on_rows(dataset, task)
+    encoded = encode_task(task, encoder, num_workers=num_workers, progress=progress)
+    dataset = encoded.joined
+    split = split_task(encoded, encoded.train, task, seed=seed)
+    train = split.train
+    notes = [*encoded.notes, *([split.note] if split.note else [])]
     if isinstance(objective, Classification) and not objective.labels:
         present = set(dataset.labels[train].tolist()) - {-1}
         names = [name for code, name in enumerate(dataset.label_names) if code in present]
         objective = replace(objective, labels=tuple(names))
     elif isinstance(objective, Classification):
         _check_labels(objective.labels, dataset)
-    splits = {"train": train}
-    if task.validation is not None:
-        splits["validation"] = validation
     ends = end_of_turn_ids(objective.tokenizer) if task.kind == "chat" else set()
-    facts = examine(dataset, splits, end_token_ids=ends)
+    facts = examine(dataset, sides(split, task), end_token_ids=ends)
     findings = check(facts, may_truncate=may_truncate)
-    return Prepared(objective, dataset, train, validation, facts, findings, tuple(notes), sources)
+    return Prepared(
+        objective, dataset, train, split.validation, facts, findings, tuple(notes), encoded.sources
+    )
 
 
-def notes_on_rows(dataset: JoinedDataset, task: TaskConfig) -> list[str]:
+def encode_task(
+    task: TaskConfig,
+    objective: Objective,
+    *,
+    num_workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> EncodedTask:
+    """Read and encode all sources of a task, or open what an earlier run encoded.
+
+    Raises:
+        DataError: a row cannot be used.
+    """
+
+    def encode(sources: Sequence[str]) -> EncodedDataset:
+        return encode_dataset(
+            sources,
+            task,
+            objective.encode,
+            encode_fingerprint=objective.fingerprint,
+            num_workers=num_cores() if num_workers is None else num_workers,
+            cache_dir=cache_dir() / "encoded",
+            progress=progress,
+        )
+
+    names = (task.train,) if isinstance(task.train, str) else tuple(task.train)
+    wanted = parse_validation(task.validation) if task.validation is not None else None
+    train, validation = encode(names), None
+    rows = train.num_records if len(names) == 1 else None
+    sources = [_describe_source(name, rows) for name in names]
+    if isinstance(wanted, Source):
+        validation = encode([wanted.source])
+        sources.append(_describe_source(wanted.source, validation.num_records))
+    joined = JoinedDataset([train] if validation is None else [train, validation])
+    notes = (f"rows read as {train.format}", *_notes_on_rows(joined, task))
+    return EncodedTask(train, validation, joined, notes, sources)
+
+
+def split_task(
+    encoded: EncodedTask, documents: Splittable, task: TaskConfig, *, seed: int
+) -> Split:
+    """The examples of both sides, numbered as in `EncodedTask.joined`.
+
+    Args:
+        encoded: what was read.
+        documents: its training data, or another view of it, whose numbers are then meant.
+        task: says what is set aside.
+        seed: another seed gives another split.
+
+    Raises:
+        ConfigError: one side would be empty.
+    """
+    split = split_dataset(documents, task.validation, seed=seed)
+    if encoded.validation is None:
+        return split
+    first = len(encoded.train)
+    return split._replace(validation=np.arange(first, len(encoded.joined), dtype=np.int64))
+
+
+def sides(split: Split, task: TaskConfig) -> dict[str, IntArray]:
+    """The sides of a split by name, as `examine` takes them."""
+    if task.validation is None:
+        return {"train": split.train}
+    return {"train": split.train, "validation": split.validation}
+
+
+def _notes_on_rows(dataset: JoinedDataset, task: TaskConfig) -> list[str]:
     """What the user must know of rows that are not in the data set."""
     reason = "longer than `task.max_length`" if task.too_long == "drop" else "without any token"
     notes = [

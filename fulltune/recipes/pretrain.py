@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from fulltune.config import Settings
-from fulltune.data.arranged import ArrangedExamples, JoinedExamples
-from fulltune.data.encoding import encode_dataset
-from fulltune.data.joined import JoinedDataset
+from fulltune.data.arranged import JoinedExamples
+from fulltune.data.encoding import EncodedDataset
 from fulltune.data.preview import check, examine
-from fulltune.data.records import source_fingerprint
 from fulltune.data.sections import Sections
 from fulltune.data.sentence_pairs import SentencePairsConfig
-from fulltune.data.splits import Source, parse_validation, split_dataset
 from fulltune.errors import ConfigError, ModelError
 from fulltune.models.families import Family, family_of
 from fulltune.models.loading import (
@@ -27,7 +24,7 @@ from fulltune.models.loading import (
     resolve_model,
 )
 from fulltune.models.presets import PRESETS, is_new_model, make_config, make_model
-from fulltune.objectives.base import Head, Objective
+from fulltune.objectives.base import ArrangingObjective, Head
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.causal_stream import CausalStream
 from fulltune.objectives.masked_lm import MaskedLM, MaskingConfig
@@ -35,10 +32,12 @@ from fulltune.objectives.permutation_lm import PermutationConfig, PermutationLM
 from fulltune.objectives.sentence_order import SentenceOrder
 from fulltune.objectives.span_corruption import SpanConfig, SpanCorruption
 from fulltune.recipes import finetune
-from fulltune.recipes.prepare import Base, Prepared, notes_on_rows, open_base
+from fulltune.recipes.prepare import Base, Prepared, encode_task, open_base, sides, split_task
 from fulltune.recipes.prepare import prepare as prepare_windows
-from fulltune.runtime import cache_dir, num_cores
 from fulltune.tracking import Display
+
+PretrainingObjective: TypeAlias = CausalLM | ArrangingObjective
+"""`CausalLM` cuts a document when it encodes it, the others once the documents are split."""
 
 Name = Literal["causal_lm", "masked_lm", "sentence_pairs", "permutation_lm", "span_corruption"]
 
@@ -93,32 +92,40 @@ class Kind:
 
     head: Head
     families: tuple[str, ...]
-    build: Callable[[Base, Family, ObjectiveConfig, int], Objective]
+    build: Callable[[Base, Family, ObjectiveConfig, int], PretrainingObjective]
     settings: tuple[str, ...]
     """Settings of `ObjectiveConfig` that have an effect."""
     metrics: tuple[str, ...] = ("masked_accuracy",)
 
 
-def _causal_lm(base: Base, family: Family, config: ObjectiveConfig, length: int) -> Objective:
+def _causal_lm(
+    base: Base, family: Family, config: ObjectiveConfig, length: int
+) -> CausalLM | CausalStream:
     model = CausalLM(base.tokenizer, length, packing=family.can_pack)
     return CausalStream(model, fim_rate=config.fim_rate) if config.stream else model
 
 
-def _span_corruption(base: Base, family: Family, config: ObjectiveConfig, length: int) -> Objective:
+def _span_corruption(
+    base: Base, family: Family, config: ObjectiveConfig, length: int
+) -> SpanCorruption:
     return SpanCorruption(base.tokenizer, length, config.spans)
 
 
-def _masked_lm(base: Base, family: Family, config: ObjectiveConfig, length: int) -> Objective:
+def _masked_lm(base: Base, family: Family, config: ObjectiveConfig, length: int) -> MaskedLM:
     return MaskedLM(base.tokenizer, length, config.masking, packing=family.can_pack)
 
 
-def _sentence_order(base: Base, family: Family, config: ObjectiveConfig, length: int) -> Objective:
+def _sentence_order(
+    base: Base, family: Family, config: ObjectiveConfig, length: int
+) -> SentenceOrder:
     return SentenceOrder(
         base.tokenizer, length, config.masking, config.pairs, packing=family.can_pack
     )
 
 
-def _permutation_lm(base: Base, family: Family, config: ObjectiveConfig, length: int) -> Objective:
+def _permutation_lm(
+    base: Base, family: Family, config: ObjectiveConfig, length: int
+) -> PermutationLM:
     return PermutationLM(base.tokenizer, length, config.permutation)
 
 
@@ -153,7 +160,7 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
     return finetune.run(config, resume=resume, display=display, start=start)
 
 
-def open_start(config: Config) -> tuple[Base, Objective]:
+def open_start(config: Config) -> tuple[Base, PretrainingObjective]:
     """The model to start from, made where it is new, and what it learns.
 
     Raises:
@@ -223,66 +230,45 @@ def tokenizer_folder(source: str) -> Path:
     )
 
 
-def prepare(config: Config, objective: Any, progress: Callable[[int], None]) -> Prepared:
+def prepare(
+    config: Config, objective: PretrainingObjective, progress: Callable[[int], None]
+) -> Prepared:
     """Encode the documents, split them, and arrange each side into examples.
 
     Raises:
         DataError: a record cannot be read, or there is nothing to learn from.
     """
-    if not hasattr(objective, "arrange"):
+    task, seed, num_workers = config.task, config.seed, config.num_workers
+    if isinstance(objective, CausalLM):
         return prepare_windows(
-            objective, config.task, seed=config.seed, num_workers=config.num_workers,
-            progress=progress,
-        )  # fmt: skip
-    task = config.task
-    sources = (task.train,) if isinstance(task.train, str) else tuple(task.train)
-    wanted = parse_validation(task.validation) if task.validation is not None else None
-
-    def encode(names: tuple[str, ...]) -> JoinedDataset:
-        dataset = encode_dataset(
-            names,
-            task,
-            objective.encode,
-            encode_fingerprint=objective.fingerprint,
-            num_workers=num_cores() if config.num_workers is None else config.num_workers,
-            cache_dir=cache_dir() / "encoded",
-            progress=progress,
+            objective, task, seed=seed, num_workers=num_workers, progress=progress
         )
-        return JoinedDataset([dataset])
-
-    whole = encode(sources)
-    notes = [f"rows read as {whole.format}"]
-    documents: Any = whole
-    if len(whole) < FEW_DOCUMENTS and wanted is not None and not isinstance(wanted, Source):
-        documents = Sections(whole, SECTION_TOKENS)
+    encoded = encode_task(task, objective, num_workers=num_workers, progress=progress)
+    notes = list(encoded.notes)
+    documents: EncodedDataset | Sections = encoded.train
+    is_split = task.validation is not None and encoded.validation is None
+    if is_split and len(documents) < FEW_DOCUMENTS:
         notes.append(
-            f"{len(whole):,} documents are too few to set some aside whole: they are split in "
+            f"{len(documents):,} documents are too few to set some aside whole: they are split in "
             f"sections of {SECTION_TOKENS:,} tokens"
         )
-    split = split_dataset(documents, task.validation, seed=config.seed)
-    splits = {"train": split.train}
-    parts: list[ArrangedExamples] = [objective.arrange(documents, split.train, config.seed)]
-    if isinstance(wanted, Source):
-        held_out = encode((wanted.source,))
-        parts.append(objective.arrange(held_out, np.arange(len(held_out)), config.seed))
-        whole = JoinedDataset([*whole.parts, *held_out.parts])
-        splits["validation"] = np.arange(len(documents), len(whole))
-    elif wanted is not None:
-        parts.append(objective.arrange(documents, split.validation, config.seed))
-        splits["validation"] = split.validation
+        documents = Sections(encoded.train, SECTION_TOKENS)
+    split = split_task(encoded, documents, task, seed=seed)
+    parts = [objective.arrange(documents, split.train, seed)]
+    if encoded.validation is not None:
+        everything = np.arange(len(encoded.validation))
+        parts.append(objective.arrange(encoded.validation, everything, seed))
+    elif is_split:
+        parts.append(objective.arrange(documents, split.validation, seed))
     # Sections have no columns of their own to count: then all is counted as one.
-    counted = {"train": np.arange(len(whole))} if isinstance(documents, Sections) else splits
-    facts = examine(whole, counted)
-    notes += notes_on_rows(whole, task)
+    everything = np.arange(len(encoded.joined))
+    counted = {"train": everything} if isinstance(documents, Sections) else sides(split, task)
+    facts = examine(encoded.joined, counted)
     dataset = JoinedExamples(parts)
     train = np.arange(len(parts[0]), dtype=np.int64)
     validation = np.arange(len(parts[0]), len(dataset), dtype=np.int64)
-    described = [
-        {"source": name, "fingerprint": source_fingerprint(name), "rows": None}
-        for name in (*sources, *([wanted.source] if isinstance(wanted, Source) else []))
-    ]
     notes.append(f"{len(train):,} examples of up to {int(dataset.lengths.max()):,} tokens")
     return Prepared(
         objective, dataset, train, validation, facts, check(facts, may_truncate=True),
-        tuple(notes), described,
+        tuple(notes), encoded.sources,
     )  # fmt: skip
