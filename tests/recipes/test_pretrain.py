@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from fulltune.config import build_config
 from fulltune.errors import ConfigError, ModelError
+from fulltune.objectives.fill_in_the_middle import FIM_TOKENS
 from fulltune.recipes import evaluate, finetune, pretrain
 from fulltune.tracking import read_metrics
 from fulltune.train.checkpoint import last_checkpoint
@@ -25,8 +29,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hundred documents of a few sentences, one a row."""
-    import json
-
     lines = (
         "The river runs past the old mill.", "Nobody has seen the miller since spring.",
         "Two boats lie at the pier.", "A boy counts the ducks on the water.", "It begins to rain.",
@@ -42,6 +44,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def tiny_sentinels(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bytes of the tests' decoders, with the sentinels of T5, UL2 and fill-in-the-middle."""
+    backend = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
+    sentinels = [f"<extra_id_{index}>" for index in reversed(range(32))]
+    added = ["[NLU]", "[NLG]", "[S2S]", *FIM_TOKENS, *sentinels]
+    backend.add_special_tokens([AddedToken(token, special=True) for token in added])
+    folder = tmp_path_factory.mktemp("sentinels")
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=256,
+    ).save_pretrained(folder)
+    return folder
+
+
 SMALL: dict[str, dict[str, Any]] = {
     "gpt2-tiny": {"n_embd": 32, "n_positions": 128},
     "llama-tiny": {
@@ -50,6 +69,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "bert-tiny": {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48},
     "xlnet-tiny": {"d_model": 32, "n_head": 4, "d_inner": 48},
+    "t5-tiny": {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4},
 }  # fmt: skip
 
 
@@ -65,7 +85,7 @@ def make_config(
         "duration": "6 steps",
         "batch": "8 examples",
         "precision": "fp32",
-        "optimizer": {"lr": 3e-3},
+        "optimizer": {"name": "adamw_scaled", "lr": 0.02} if model == "t5-tiny" else {"lr": 3e-3},
         "evaluate": {"every": "3 steps"},
         "save_every": "2 steps",
         "num_workers": 0,
@@ -82,12 +102,15 @@ def step_losses(run_dir: Path) -> list[float]:
 CASES = [
     ("gpt2-tiny", "tiny_gpt2", {"length": 32}),
     ("gpt2-tiny", "tiny_gpt2", {"length": 32, "stream": True}),
+    ("gpt2-tiny", "tiny_sentinels", {"length": 32, "stream": True, "fim_rate": 0.5}),
     ("llama-tiny", "tiny_llama", {"length": 32, "stream": True}),
     ("bert-tiny", "tiny_bert", {"length": 32}),
     ("bert-tiny", "tiny_bert", {"length": 32, "masking": {"rate": 0.3, "whole_words": True}}),
     ("bert-tiny", "tiny_bert", {"name": "sentence_pairs", "length": 48}),
     ("xlnet-tiny", "tiny_bert", {"length": 32}),
     ("xlnet-tiny", "tiny_bert", {"length": 32, "permutation": {"memory_length": 16}}),
+    ("t5-tiny", "tiny_sentinels", {"length": 48}),
+    ("t5-tiny", "tiny_sentinels", {"length": 48, "spans": {"mixture": "ul2"}}),
 ]
 
 
@@ -202,3 +225,26 @@ def test_a_trained_model_takes_no_other_tokenizer(
     }  # fmt: skip
     with pytest.raises(ConfigError, match="`tokenizer` has no effect"):
         pretrain.run(build_config(pretrain.Config, values))
+
+
+@pytest.mark.parametrize(
+    ("objective", "named"),
+    [
+        ({"fim_rate": 0.5}, "`objective.fim_rate` has no effect without"),
+        ({"spans": {"mixture": "ul2", "mean_length": 5}}, "`objective.spans.mean_length` has no"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(
+    tmp_path: Path, corpus: Path, tiny_gpt2: Path, objective: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        make_config(tmp_path / "run", corpus, tiny_gpt2, "t5-tiny", objective=objective)
+
+
+def test_a_tokenizer_without_sentinels_is_refused_before_anything_is_written(
+    tmp_path: Path, corpus: Path, tiny_gpt2: Path
+) -> None:
+    config = make_config(tmp_path / "run", corpus, tiny_gpt2, "t5-tiny", objective={"length": 48})
+    with pytest.raises(ModelError, match="0 sentinels"):
+        pretrain.run(config)
+    assert not (tmp_path / "run").exists()
