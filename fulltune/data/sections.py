@@ -9,12 +9,13 @@ import numpy.typing as npt
 
 from fulltune.data.arranged import Documents
 from fulltune.data.encoding import EncodedExample, content_hash
+from fulltune.data.tasks import TaskKind
 
 
 class Sections:
     """Documents in pieces of at most ``num_tokens``; a view, with the columns a split needs."""
 
-    kind = "text"
+    kind: TaskKind = "text"
 
     def __init__(self, documents: Documents, num_tokens: int) -> None:
         self._documents, self._num_tokens = documents, num_tokens
