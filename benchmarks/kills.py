@@ -40,7 +40,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fulltune.config import build_config
-from fulltune.recipes import finetune, finish, trainer
+from fulltune.recipes import finetune, finish, resume, trainer
 from fulltune.tracking import read_metrics
 from fulltune.train import checkpoint as checkpoints
 from fulltune.train.checkpoint import find_damage, last_checkpoint
@@ -48,12 +48,12 @@ from fulltune.train.checkpoint import find_damage, last_checkpoint
 MOMENTS: dict[str, tuple[Any, str]] = {
     "reading data": (finetune, "prepare"),
     "beginning": (finetune, "create_run_folder"),
-    "restoring": (trainer, "last_checkpoint"),
+    "restoring": (resume, "last_checkpoint"),
     "opening the log": (trainer, "Tracker"),
     "sampling": (trainer, "sample_answers"),
     "step": (trainer, "train_step"),
     "evaluating": (trainer, "evaluate_model"),
-    "saving": (trainer, "save_checkpoint"),
+    "saving": (resume, "save_checkpoint"),
     "hashing a save": (checkpoints, "_flushed_sha256"),
     "pruning": (finish, "prune_checkpoints"),
     "exporting": (finish, "save_model"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from fulltune.data.loader import Loader, StepPlan, num_steps, prefetch
-from fulltune.errors import CheckpointError, ConfigError
+from fulltune.errors import ConfigError
 from fulltune.evaluate.evaluator import (
     BestTracker,
     EvaluationResult,
@@ -36,6 +36,7 @@ from fulltune.recipes.prepare import (
     Prepared,
     first_conversations,
 )
+from fulltune.recipes.resume import restore, save, save_best
 from fulltune.runtime import (
     PrecisionChoice,
     Runtime,
@@ -43,21 +44,11 @@ from fulltune.runtime import (
     seed_everything,
 )
 from fulltune.tracking import Tracker, TrackingConfig, format_bytes
-from fulltune.train.checkpoint import (
-    last_checkpoint,
-    prune_checkpoints,
-    remove_unfinished,
-    save_checkpoint,
-)
 from fulltune.train.health import NonFiniteError, SpikeDetector, nonfinite_rows
 from fulltune.train.interruption import agreed, caught_signals
 from fulltune.train.loop import Ending, Progress, every, fit
 from fulltune.train.ranks import from_all_ranks, from_main_rank, on_all_ranks, on_main_rank
-from fulltune.train.run_folder import (
-    CHECKPOINTS,
-    write_atomically,
-    write_errors,
-)
+from fulltune.train.run_folder import write_atomically, write_errors
 from fulltune.train.step import MicroBatch, train_step
 
 if TYPE_CHECKING:
@@ -191,7 +182,7 @@ class Trainer:
 
     def train(self, *, resume: bool, finish: Callable[[Trainer, Ending], None]) -> Ending:
         """Train to the end, or until interrupted; ``finish`` runs on the first rank at the end."""
-        resumed_step = self._restore() if resume else None
+        resumed_step = restore(self) if resume else None
         self.display.num_steps = self.num_steps
         with (
             Tracker(
@@ -219,7 +210,7 @@ class Trainer:
                     num_steps=self.num_steps,
                     evaluate=self._evaluate,
                     evaluate_every=every(self.config.evaluate.every, self.loader.epochs_after),
-                    save=lambda step: on_main_rank(self.runtime, lambda: self._save(step)),
+                    save=lambda step: on_main_rank(self.runtime, lambda: save(self, step)),
                     save_every=every(self.config.save_every, self.loader.epochs_after),
                     interrupted=lambda: agreed(interruption, self.runtime),
                 )
@@ -410,7 +401,7 @@ class Trainer:
         if not judged:
             return False
         if is_best and step > 0:
-            on_main_rank(self.runtime, lambda: self._save_best(step))
+            on_main_rank(self.runtime, lambda: save_best(self, step))
         if self.best.should_stop:
             self.tracker.write(
                 "early_stop", step=step, metric=self.best.metric, best_step=self.best.best_step
@@ -448,95 +439,6 @@ class Trainer:
             write_atomically(path, "".join(f"{line}\n" for line in [*kept, *made]))
         for line in lines:
             self.tracker.write("sample", **line)
-
-    # -- checkpoints -------------------------------------------------------------------------------
-
-    def _save(self, step: int) -> None:
-        state = {
-            "step": step,
-            "loader": self.loader.state(),
-            "best": self.best.state(),
-            "spike_losses": self.spikes.losses,
-            "model_fingerprint": self._fingerprint(),
-            "metrics": self.last_metrics,
-            "details": self.last_details,
-            "seconds": self.seconds(),
-            "world_size": self.runtime.world_size,
-            "micro_batch_tokens": self.plan.micro_batch_tokens,
-        }
-        folder = self.folder / CHECKPOINTS
-        start = time.perf_counter()
-        path = save_checkpoint(
-            folder,
-            f"step-{step:08d}",
-            step=step,
-            tensors={
-                "weights": dict(self.masters.items()),
-                "optimizer": dict(self.optimizer.state()),
-            },
-            state=state,
-        )
-        prune_checkpoints(folder, keep=self.config.keep_checkpoints, step=step)
-        self.tracker.write(
-            "checkpoint", step=step, path=str(path), seconds=time.perf_counter() - start
-        )
-        self.display.notice(f"saved checkpoint {path.name}")
-
-    def _save_best(self, step: int) -> None:
-        """The weights only; those before them stay where a checkpoint still names them."""
-        folder = self.folder / CHECKPOINTS
-        save_checkpoint(
-            folder,
-            f"best-{step:08d}",
-            step=step,
-            tensors={"weights": dict(self.masters.items())},
-            state={"metrics": self.last_metrics, "details": self.last_details},
-        )
-        prune_checkpoints(folder, keep=self.config.keep_checkpoints, step=step, best_step=step)
-
-    def _restore(self) -> int | None:
-        """Go back to the newest whole checkpoint; None where the run saved none yet."""
-        folder = self.folder / CHECKPOINTS
-        on_main_rank(self.runtime, lambda: remove_unfinished(folder))
-        checkpoint, problems = on_all_ranks(self.runtime, lambda: last_checkpoint(folder))
-        for problem in problems:
-            self.display.notice(f"not loaded: {problem}")
-        if checkpoint is None:
-            if self.runtime.is_main:
-                for stale in ("samples.jsonl", "metrics.jsonl"):
-                    (self.folder / stale).unlink(missing_ok=True)
-            return None
-        state = checkpoint.state
-        if state["model_fingerprint"] != self._fingerprint():
-            raise CheckpointError(
-                f"`{checkpoint.path}` is a checkpoint of another model: its parameters differ",
-                hint="resume with the `model` and `scope` the run began with, or start a new run",
-            )
-        self.masters.load(checkpoint.tensors("weights"))
-        self.optimizer.load_state(checkpoint.tensors("optimizer"))
-        self.loader.load_state(state["loader"])
-        self.best.load_state(state["best"])
-        self.spikes.losses = state["spike_losses"]
-        self.last_metrics, self.last_details = state["metrics"], state["details"]
-        self.seconds_before = state["seconds"]
-        self._plan_as_before(state["micro_batch_tokens"])
-        self.progress.step = checkpoint.step
-        return checkpoint.step
-
-    def _plan_as_before(self, micro_batch_tokens: int) -> None:
-        """More free memory than before must not change the last bits of what is learned."""
-        if self.plan.micro_batch_tokens < micro_batch_tokens:
-            self.display.notice(
-                f"forward passes of {self.plan.micro_batch_tokens:,} tokens fit now, and were "
-                f"{micro_batch_tokens:,} before: the run goes on, its last bits may differ"
-            )
-            return
-        self.plan = replace(self.plan, micro_batch_tokens=micro_batch_tokens)
-        self.loader.micro_batch_tokens = micro_batch_tokens
-
-    def _fingerprint(self) -> list[list[Any]]:
-        """Names and shapes of what is trained."""
-        return [[name, list(tensor.shape)] for name, tensor in self.masters.items()]
 
     def seconds(self) -> float:
         """Seconds of training so far, those before a resume included."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from fulltune.config import build_config, dump_config
 from fulltune.errors import CheckpointError, FulltuneError, RunFolderError
-from fulltune.recipes import finetune, finish, trainer
+from fulltune.recipes import finetune, finish, resume, trainer
 from fulltune.tracking import read_metrics
 from fulltune.train.checkpoint import last_checkpoint
 
@@ -135,7 +135,7 @@ def before_call(
     of_checkpoint: str = "",
 ) -> None:
     """Have something happen to the disk just before the engine's nth call of a function."""
-    module = next(module for module in (trainer, finish) if hasattr(module, attribute))
+    module = next(module for module in (trainer, resume, finish) if hasattr(module, attribute))
     function = getattr(module, attribute)
     calls = 0
 
