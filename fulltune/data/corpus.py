@@ -37,10 +37,11 @@ from fulltune.data.deduplication import (
     Signer,
     document_digest,
 )
+from fulltune.data.files import TextReading
 from fulltune.data.ngrams import EvaluationNgrams, fold, hash_tokens, tokens_of
 from fulltune.data.plain_text import LIMIT_HINT
 from fulltune.data.processes import interrupted_afterwards, process_context, tie_to_parent
-from fulltune.data.records import Record, TextReading, read_records
+from fulltune.data.records import Record, read_records
 from fulltune.errors import DataError, FulltuneError
 
 CHUNK_CHARACTERS = 2**21

@@ -9,6 +9,32 @@ from fulltune.errors import DataError
 
 LIMIT_HINT = "cut it into shorter documents, or raise `longest_document`"
 
+# A longer plain text is cut into documents at paragraphs, so that it is never held as a whole.
+TEXT_DOCUMENT_CHARACTERS = 4 * 2**20
+
+
+def whole_text(stream: IO[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The whole file is one document; a long one is cut at paragraphs, losing no character."""
+    line, pending = 1, ""
+    while block := stream.read(TEXT_DOCUMENT_CHARACTERS):
+        pending += block
+        if len(pending) <= TEXT_DOCUMENT_CHARACTERS:
+            continue
+        document, pending = _cut_at_paragraph(pending)
+        yield line, {"text": document}
+        line += document.count("\n")
+    if pending.strip():
+        yield line, {"text": pending}
+
+
+def _cut_at_paragraph(text: str) -> tuple[str, str]:
+    for boundary in ("\n\n", "\n", " "):
+        end = text.rfind(boundary)
+        if end > 0:
+            end += len(boundary)
+            return text[:end], text[end:]
+    return text, ""
+
 
 def split_documents(
     stream: IO[str], boundary: str, *, longest: int | None, name: str

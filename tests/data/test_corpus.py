@@ -27,8 +27,9 @@ from fulltune.data.deduplication import (
     find_exact_duplicates,
     find_near_duplicates,
 )
+from fulltune.data.files import TextReading
 from fulltune.data.ngrams import EvaluationNgrams, fold, hash_ngrams, hash_tokens, tokens_of
-from fulltune.data.records import TextReading, read_records
+from fulltune.data.records import read_records
 from fulltune.errors import ConfigError, DataError, MissingExtraError
 
 ENGLISH = (

@@ -146,7 +146,7 @@ def test_json_may_hold_its_rows_under_data(tmp_path: Path) -> None:
 def test_json_is_read_the_same_in_blocks_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr("fulltune.data.records._READ_BYTES", block)
+    monkeypatch.setattr("fulltune.data.json_rows._READ_BYTES", block)
     rows = [{"a": 'x\\"é\n]},{', "b": [1.5e3, -12, True, None, {}]}, {}, {"c": "  "}]
     text = json.dumps({"n": 1234.5, "t": True, "data": rows}, indent=1)
     assert fields(written(tmp_path / "a.json", text)) == rows
@@ -166,7 +166,7 @@ def test_a_long_text_is_cut_without_losing_a_character(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paragraph: str
 ) -> None:
     limit = 2**15
-    monkeypatch.setattr("fulltune.data.records.TEXT_DOCUMENT_CHARACTERS", limit)
+    monkeypatch.setattr("fulltune.data.plain_text.TEXT_DOCUMENT_CHARACTERS", limit)
     text = paragraph * (3 * limit // len(paragraph))
     records = list(read_records(written(tmp_path / "a.txt", text)))
     documents = [record.fields["text"] for record in records]
