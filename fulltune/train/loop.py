@@ -51,7 +51,7 @@ class EveryEpochs:
 def every(period: Quantity, epochs_after: Callable[[int], float]) -> Due:
     """The period of a setting, `100 steps` or `1 epoch`."""
     if period.unit == "steps":
-        return Every(max(1, round(period.value)))
+        return Every(int(period.value))
     return EveryEpochs(period.value, epochs_after)
 
 
