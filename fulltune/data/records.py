@@ -223,7 +223,11 @@ def _list_folder(folder: Path, name: str) -> list[_File]:
             hint=f"name one: `{name}/train` or `{name}/validation`",
         )
     files = []
-    for parent, folders, names in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(str(error.filename), error)
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
         for entry in sorted(names):
             path = Path(parent, entry)
@@ -355,7 +359,7 @@ def _parse_jsonl(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, dict
         if not text.strip():
             continue
         try:
-            value = json.loads(text)
+            value = json.loads(text.rstrip())
         except (ValueError, RecursionError) as error:
             raise _bad_json(f"{name}:{number}", text, error) from None
         yield number, _checked_object(value, f"{name}:{number}")
