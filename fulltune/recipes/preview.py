@@ -35,7 +35,7 @@ from fulltune.recipes.prepare import (
 )
 from fulltune.runtime import choose_device
 from fulltune.tracking import make_display
-from fulltune.train.run_folder import write_atomically
+from fulltune.train.run_folder import write_atomically, writing
 
 MAX_SHOWN_REMOVED = 2000
 """Removed tokens of an example that are still shown."""
@@ -93,7 +93,8 @@ def run(
         render_terminal(facts, prepared.findings, samples, console or Console())
     if html is not None:
         title = f"What {config.run_dir} trains on"
-        write_atomically(html, render_html(facts, prepared.findings, samples, title=title))
+        with writing(html):
+            write_atomically(html, render_html(facts, prepared.findings, samples, title=title))
         display.notice(f"written to {html}")
     return all(finding.level != "error" for finding in prepared.findings)
 

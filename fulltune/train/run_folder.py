@@ -166,6 +166,23 @@ def write_errors(folder: Path) -> Generator[None]:
         ) from None
 
 
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Say of a file outside the run folder, such as a page, that it cannot be written.
+
+    Raises:
+        RunFolderError: what was done inside could not write.
+    """
+    try:
+        yield
+    except FulltuneError:
+        raise
+    except OSError as error:
+        raise RunFolderError(
+            f"`{path}` cannot be written: {error.strerror or error}", hint="name another place"
+        ) from error
+
+
 def flush_folder(folder: Path) -> None:
     """Have the files of a folder on the disk itself."""
     for path in (*folder.iterdir(), folder):
