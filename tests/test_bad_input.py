@@ -656,6 +656,32 @@ def test_predict_never_overwrites(
     assert "`lost.jsonl` does not exist" in refuse("predict", tiny_llama, "lost.jsonl")
 
 
+def test_options_without_effect_on_a_model_are_refused(
+    refuse: Refuse, workplace: Path, tiny_llama: Path, chat_file: Path
+) -> None:
+    said = refuse("predict", tiny_llama, chat_file, "--top-p", "0.5")
+    assert "`top_p` has no effect with `temperature: 0`" in said
+    said = refuse("predict", tiny_llama, chat_file, "--too-long", "truncate")
+    assert "`--too-long truncate` has no effect on a model of `task.kind: chat`" in said
+    assert "`temperature` cannot be" in refuse("chat", tiny_llama, "--temperature", "inf")
+
+
+def test_a_page_without_a_folder_is_refused_before_the_data_is_read(
+    refuse: Refuse, chat_settings: Path
+) -> None:
+    said = refuse("preview", chat_settings, "--html", "lost/page.html")
+    assert "there is no folder `lost`" in said
+
+
+@pytest.mark.parametrize("setting", ["model", "task.train", "run_dir"])
+def test_a_path_that_the_system_cannot_take_is_named(
+    refuse: Refuse, chat_settings: Path, setting: str
+) -> None:
+    said = refuse("finetune", chat_settings, f"{setting}={'long' * 100}.jsonl")
+    assert "File name too long" in said
+    assert "check how the path is written" in said
+
+
 def test_report_needs_a_run(refuse: Refuse, workplace: Path, finished_run: Path) -> None:
     (workplace / "empty").mkdir()
     assert "`empty`" in refuse("report", "empty")

@@ -63,6 +63,11 @@ def run(
     """
     if html is not None and html.exists() and not html.is_file():
         raise ConfigError(f"`--html {html}` is not a file", hint="give the name of a file")
+    if html is not None and not html.parent.is_dir():
+        raise ConfigError(
+            f"`--html {html}` cannot be made: there is no folder `{html.parent}`",
+            hint="make the folder, or give another file",
+        )
     with make_display(title="preview") as display:
         base = open_base(config.model, config.task)
         objective = make_objective(base, config.task)
