@@ -37,6 +37,7 @@ from fulltune.train.loop import Ending
 from fulltune.train.run_folder import (
     CHECKPOINTS,
     MODEL,
+    MODEL_LAST,
     flush_folder,
     replace_folder,
     write_atomically,
@@ -64,12 +65,12 @@ def finish(trainer: Trainer, ending: Ending) -> None:
     if best_step not in (None, 0, step):
         best = trainer.folder / CHECKPOINTS / f"best-{best_step:08d}"
         last, _ = _exact_model(trainer)
-        _write_model(trainer, last, trainer.folder / "model-last")
+        _write_model(trainer, last, trainer.folder / MODEL_LAST)
         del last
         _take(trainer, best)
         trainer.display.notice(
             f"the weights of step {best_step} are kept, the best by "
-            f"`{trainer.best.metric}`; those of step {step} are in `model-last`"
+            f"`{trainer.best.metric}`; those of step {step} are in `{MODEL_LAST}`"
         )
     elif best_step == 0:
         trainer.display.notice(
@@ -154,7 +155,7 @@ def _take(trainer: Trainer, best: Path) -> None:
         raise CheckpointError(
             f"the best weights, `{best}`, cannot be used: {problem}",
             hint=f"restore that folder and go on with `--resume`; the last weights are in "
-            f"`{trainer.folder / 'model-last'}`",
+            f"`{trainer.folder / MODEL_LAST}`",
         )
     checkpoint = open_checkpoint(best)
     trainer.masters.load(checkpoint.tensors("weights"))

@@ -19,6 +19,8 @@ from fulltune.errors import ConfigError, FulltuneError, RunFolderError
 S = TypeVar("S", bound=Settings)
 
 CONFIG, MANIFEST, CHECKPOINTS, MODEL = "config.yaml", "manifest.json", "checkpoints", "model"
+MODEL_LAST = "model-last"
+"""Weights of the last step, where those of an earlier one were the best."""
 LOCK = ".lock"
 
 CHANGEABLE = (
