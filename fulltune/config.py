@@ -286,7 +286,7 @@ _PLAIN_REASONS = {
     "finite_number": "not a finite number",
     "bool_type": "neither true nor false",
     "bool_parsing": "neither true nor false",
-    "string_type": "not text",
+    "string_type": "not text, as it would be in quotes",
     "dict_type": "not a mapping",
     "tuple_type": "not a list",
     "missing": "too few values",

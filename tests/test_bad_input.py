@@ -188,6 +188,7 @@ def test_a_folder_is_no_settings_file(refuse: Refuse, workplace: Path) -> None:
         ("device=cuda:7", "that GPU is not there", "device: cpu"),
         ("task.validation=0%", "`task.validation` is `0%`", "null"),
         ("run_dir=", "`run_dir` cannot be `null`", "run_dir"),
+        ("run_dir=2026", "not text, as it would be in quotes", "run_dir"),
         ("tracking.sinks=[excel]", "excel", "tensorboard"),
     ],
 )
