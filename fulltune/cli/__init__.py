@@ -62,6 +62,14 @@ def main() -> NoReturn:
             raise
         hint = "check how the path is written, and who may read and write there"
         _fail(f"`{error.filename}` cannot be used: {error.strerror}", hint, 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be loaded
+            raise
+        # Not by `_fail`: it may be this rank alone.
+        _say("error:", "red", f"the memory of the GPU ran out: {str(error).partition('. ')[0]}")
+        hint = "lower `memory`, such as `memory: 20 GiB`, or `task.max_length`; a run goes on with "
+        _say("hint:", "cyan", f"{hint}`--resume`")
+        sys.exit(1)
     sys.exit(code)
 
 
