@@ -94,7 +94,7 @@ class Config(Settings):
     """Weights in `model/`: exact in `fp32`; `bf16` rounds them and halves the folder."""
     num_workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that tokenize; null is one for each core."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=10**9)] = 0
     """Seed of the split, the order of examples, dropout and a new head."""
 
 

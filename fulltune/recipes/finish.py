@@ -62,7 +62,7 @@ def finish(trainer: Trainer, ending: Ending) -> None:
     trainer.optimizer.free_state()
     return_freed_memory()  # the model is loaded once more, through pages of its file
     best_step = trainer.best.best_step
-    if best_step not in (None, 0, step):
+    if best_step is not None and best_step not in (0, step):
         best = trainer.folder / CHECKPOINTS / f"best-{best_step:08d}"
         last, _ = _exact_model(trainer)
         _write_model(trainer, last, trainer.folder / MODEL_LAST)
