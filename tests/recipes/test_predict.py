@@ -145,6 +145,7 @@ def test_a_row_that_cannot_be_read_leaves_the_rows_before_it_and_resume_goes_on(
     classifier: str, classification_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predict, "ROWS_CLASSIFIED", 10)
+    monkeypatch.setattr(predict, "ROWS_LOOKED_AT", 10)
     lines = classification_file.read_text(encoding="utf-8").splitlines(keepends=True)
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join([*lines[:45], "{broken\n", *lines[46:]]), encoding="utf-8")
