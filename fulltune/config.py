@@ -75,13 +75,16 @@ class Units:
         )
         if match is None:
             raise ValueError(f"must be a number with a unit, not negative; write {self.example()}")
+        if "," in match[1] and not re.fullmatch(r"[1-9][0-9]{0,2}(,[0-9]{3})+(\..*)?", match[1]):
+            # `0,5%` is half a per cent to some; that it is not five must be said.
+            raise ValueError(f"a comma only parts thousands; write {self.example()}")
         number, unit = float(match[1].replace("_", "").replace(",", "")), match[2]
         known = {name.lower(): name for name in self.names}
         known |= {name.lower().removesuffix("s"): name for name in self.names}
         if unit.lower() not in known:
             said = f"`{unit}` is not a unit here" if unit else "the unit is missing"
             raise ValueError(f"{said}; write {self.example()}")
-        if not math.isfinite(number) or number < 0:
+        if not math.isfinite(number):
             raise ValueError("it must be finite")
         return Quantity(number, known[unit.lower()])
 
@@ -106,7 +109,8 @@ def _positive(quantity: Quantity) -> Quantity:
 
 
 def _whole(quantity: Quantity) -> Quantity:
-    if quantity.value != int(quantity.value):
+    """Epochs and shares may be broken; steps, tokens and examples are counted."""
+    if quantity.unit not in ("epochs", "%") and quantity.value != int(quantity.value):
         raise ValueError("must be a whole number")
     return quantity
 
@@ -116,13 +120,13 @@ _BATCH = _quantity("tokens", "examples")
 _PERIOD = _quantity("steps", "epochs")
 _WARMUP = _quantity("%", "steps")
 
-Duration = Annotated[Quantity, *_DURATION, AfterValidator(_positive)]
+Duration = Annotated[Quantity, *_DURATION, AfterValidator(_positive), AfterValidator(_whole)]
 """How long to train: `3 epochs`, `500 steps` or `2e9 tokens`."""
 BatchSize = Annotated[Quantity, *_BATCH, AfterValidator(_positive), AfterValidator(_whole)]
 """How much one optimizer step sees: `32768 tokens` or `64 examples`."""
-Period = Annotated[Quantity, *_PERIOD, AfterValidator(_positive)]
+Period = Annotated[Quantity, *_PERIOD, AfterValidator(_positive), AfterValidator(_whole)]
 """How often: `100 steps`, or `1 epoch`, which ends where the epoch does."""
-Warmup = Annotated[Quantity, *_WARMUP]
+Warmup = Annotated[Quantity, *_WARMUP, AfterValidator(_whole)]
 """A share of all steps, `3%`, or a number, `100 steps`."""
 
 
@@ -282,7 +286,7 @@ _PLAIN_REASONS = {
     "finite_number": "not a finite number",
     "bool_type": "neither true nor false",
     "bool_parsing": "neither true nor false",
-    "string_type": "not text",
+    "string_type": "not text, as it would be in quotes",
     "dict_type": "not a mapping",
     "tuple_type": "not a list",
     "missing": "too few values",

@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeVar, cast
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -77,6 +77,17 @@ class GenerationSettings(Settings):
     """Sample from this many likeliest tokens; 0 is no limit."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the samples; a prompt gets the same answer for the same seed."""
+
+    @model_validator(mode="after")
+    def _refuse_settings_without_effect(self) -> GenerationSettings:
+        for name in ("top_p", "top_k"):
+            default = type(self).model_fields[name].default
+            if not self.temperature and getattr(self, name) != default:
+                raise ValueError(
+                    f"`{name}` has no effect with `temperature: 0`, which takes the likeliest "
+                    "token; raise the temperature, or leave it out"
+                )
+        return self
 
 
 @dataclass(frozen=True)

@@ -56,16 +56,21 @@ def start_runtime(device: str = "auto") -> Runtime:
     """Choose the device and, under `torchrun`, join the other ranks.
 
     Raises:
-        ConfigError: a device was asked for that is not there.
+        ConfigError: a device was asked for that is not there, or one GPU for several ranks.
     """
     import torch
     import torch.distributed as dist
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and device.startswith("cuda:"):
+        raise ConfigError(
+            f"`device` is {device!r}, which {world_size} ranks cannot share",
+            hint="write `device: cuda`: each rank takes the GPU of its own number",
+        )
     chosen = choose_device(device, local_rank)
     if chosen.type == "cpu":
         keep_freed_memory()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and not dist.is_initialized():
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)

@@ -156,6 +156,10 @@ def test_a_folder_is_no_settings_file(refuse: Refuse, workplace: Path) -> None:
         ("duration=3 weeks", "`weeks` is not a unit", "`3 epochs`"),
         ("duration=0 steps", "more than zero", "`duration`"),
         ("duration=-3 epochs", "`duration` cannot be", "`3 epochs`"),
+        ("duration=1,5 epochs", "a comma only parts thousands", "`3 epochs`"),
+        ("optimizer.warmup=0,5%", "a comma only parts thousands", "`5%`"),
+        ("optimizer.warmup=0.5 steps", "must be a whole number", "steps"),
+        ("evaluate.every=0.4 steps", "must be a whole number", "steps"),
         ("batch=0 examples", "`batch` cannot be `0 examples`", "`batch`"),
         ("batch=0", "`batch` cannot be `0`", "`64 examples`"),
         ("optimizer.lr=-1e-3", "it must be more than 0", "(number > 0)"),
@@ -165,6 +169,9 @@ def test_a_folder_is_no_settings_file(refuse: Refuse, workplace: Path) -> None:
         ("optimizer.betas=[0.9]", "`optimizer.betas", "`optimizer.betas"),
         ("seed=-1", "`seed` cannot be `-1`", "0"),
         ("seed=1.5", "`seed` cannot be `1.5`", "whole number"),
+        ("seed=18446744073709551616", "`seed` cannot be", "< 1e+09"),
+        ("evaluate.retention=''", "`evaluate.retention` is empty", "true"),
+        ("evaluate.retention=nowhere.txt", "`nowhere.txt` does not exist", "data file"),
         ("label_smoothing=1", "it must be less than 1", "number >= 0 and < 1"),
         ("memory=L4", "`memory` cannot be `L4`", "20 GiB"),
         ("dropout=1.5", "`dropout` cannot be `1.5`: it must be less than 1", "null"),
@@ -181,6 +188,7 @@ def test_a_folder_is_no_settings_file(refuse: Refuse, workplace: Path) -> None:
         ("device=cuda:7", "that GPU is not there", "device: cpu"),
         ("task.validation=0%", "`task.validation` is `0%`", "null"),
         ("run_dir=", "`run_dir` cannot be `null`", "run_dir"),
+        ("run_dir=2026", "not text, as it would be in quotes", "run_dir"),
         ("tracking.sinks=[excel]", "excel", "tensorboard"),
     ],
 )
@@ -647,6 +655,32 @@ def test_predict_never_overwrites(
     assert "no folder `lost`" in said
     assert "`--output FILE`" in refuse("predict", tiny_llama, chat_file, "--resume")
     assert "`lost.jsonl` does not exist" in refuse("predict", tiny_llama, "lost.jsonl")
+
+
+def test_options_without_effect_on_a_model_are_refused(
+    refuse: Refuse, workplace: Path, tiny_llama: Path, chat_file: Path
+) -> None:
+    said = refuse("predict", tiny_llama, chat_file, "--top-p", "0.5")
+    assert "`top_p` has no effect with `temperature: 0`" in said
+    said = refuse("predict", tiny_llama, chat_file, "--too-long", "truncate")
+    assert "`--too-long truncate` has no effect on a model of `task.kind: chat`" in said
+    assert "`temperature` cannot be" in refuse("chat", tiny_llama, "--temperature", "inf")
+
+
+def test_a_page_without_a_folder_is_refused_before_the_data_is_read(
+    refuse: Refuse, chat_settings: Path
+) -> None:
+    said = refuse("preview", chat_settings, "--html", "lost/page.html")
+    assert "there is no folder `lost`" in said
+
+
+@pytest.mark.parametrize("setting", ["model", "task.train", "run_dir"])
+def test_a_path_that_the_system_cannot_take_is_named(
+    refuse: Refuse, chat_settings: Path, setting: str
+) -> None:
+    said = refuse("finetune", chat_settings, f"{setting}={'long' * 100}.jsonl")
+    assert "File name too long" in said
+    assert "check how the path is written" in said
 
 
 def test_report_needs_a_run(refuse: Refuse, workplace: Path, finished_run: Path) -> None:

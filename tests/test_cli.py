@@ -333,3 +333,18 @@ def test_ctrl_c_while_tokenizing_ends_with_130_and_no_traceback(
     assert process.returncode == 130, seen + errors
     assert b"Traceback" not in seen + errors
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_without_memory_left_is_said_with_what_to_lower(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_out(**_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr("fulltune.cli.app", run_out)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    said = capsys.readouterr().err
+    assert caught.value.code == 1
+    assert "the memory of the GPU ran out: CUDA out of memory" in said
+    assert "hint: lower `memory`" in said

@@ -105,7 +105,10 @@ def test_an_answer_does_not_depend_on_the_rows_beside_it(
     family: str, temperature: float, request: pytest.FixtureRequest
 ) -> None:
     loaded: Loaded = request.getfixturevalue(family)
-    how = GenerationSettings(max_new_tokens=16, temperature=temperature, top_p=0.9, top_k=40)
+    limits = {"top_p": 0.9, "top_k": 40} if temperature else {}
+    how = GenerationSettings.model_validate(
+        {"max_new_tokens": 16, "temperature": temperature, **limits}
+    )
     alone = [
         generate(loaded.model, loaded.tokenizer, [messages], settings=how)[0]
         for messages in CONVERSATIONS

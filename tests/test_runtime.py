@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from fulltune.errors import ConfigError
+from fulltune.runtime import start_runtime
+
 FAULTS_OF_LAST_ROUND = """
 import resource
 import psutil
@@ -34,3 +37,10 @@ def test_freed_memory_is_reused_almost_without_page_faults_until_it_is_returned(
     faults, returned = map(int, shown.split())
     assert faults < 2500  # of the 49,152 pages that 192 MiB have
     assert returned > 150 * 2**20
+
+
+def test_several_ranks_are_not_given_one_gpu(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 ranks cannot share") as caught:
+        start_runtime("cuda:0")
+    assert "device: cuda" in caught.value.hint

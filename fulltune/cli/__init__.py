@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -22,6 +23,8 @@ CommandLineError: type[Exception] = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
 )
 SECONDS_FOR_THE_FIRST_RANK = 10
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
+"""What the system says of a path that a user named; any other error of it is a bug."""
 
 
 def main() -> NoReturn:
@@ -53,6 +56,19 @@ def main() -> NoReturn:
     except BrokenPipeError:
         # Who read the output has left, as `head` does; what is still buffered has no reader.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None or error.errno not in PATH_ERRORS:
+            raise
+        hint = "check how the path is written, and who may read and write there"
+        _fail(f"`{error.filename}` cannot be used: {error.strerror}", hint, 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not be loaded
+            raise
+        # Not by `_fail`: it may be this rank alone.
+        _say("error:", "red", f"the memory of the GPU ran out: {str(error).partition('. ')[0]}")
+        hint = "lower `memory`, such as `memory: 20 GiB`, or `task.max_length`; a run goes on with "
+        _say("hint:", "cyan", f"{hint}`--resume`")
         sys.exit(1)
     sys.exit(code)
 

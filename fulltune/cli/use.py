@@ -149,10 +149,13 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk with a model in the terminal."""
+    from fulltune.config import build_config
     from fulltune.inference import GenerationSettings
     from fulltune.recipes import chat as recipe
 
-    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature)
+    settings = build_config(
+        GenerationSettings, {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    )
     recipe.run(model, settings=settings, system=system, device=device)
 
 

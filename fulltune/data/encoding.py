@@ -30,7 +30,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fulltune.data.formats import RecordFormat, make_example, recognise_format
+from fulltune.data.formats import (
+    ROWS_LOOKED_AT,
+    RecordFormat,
+    make_example,
+    recognise_format,
+)
 from fulltune.data.processes import interrupted_afterwards, process_context, tie_to_parent
 from fulltune.data.records import Record, read_records, source_fingerprint
 from fulltune.data.tasks import Example, TaskConfig, TaskKind
@@ -76,7 +81,7 @@ SENTENCE_START = 2
 
 
 # Changes whenever the columns below, or what is written in them, change.
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 
 # One unit of work, of the cache and of recovery after a crash. Its bounds do not depend on the
 # number of workers, so neither do the rows nor the files.
@@ -86,7 +91,6 @@ CHUNK_CHARACTERS = 4 * 2**20
 # Open files are limited (often to 1024); what falls out is mapped again in under a millisecond.
 _OPEN_SHARDS = 256
 
-_FORMAT_ROWS = 100
 _STALE_SECONDS = 3600.0
 
 _SCHEMA = pa.schema(
@@ -307,7 +311,7 @@ def _chunks(
     index = 0
     for source in sources:
         records = read_records(source)
-        first = list(itertools.islice(records, _FORMAT_ROWS))
+        first = list(itertools.islice(records, ROWS_LOOKED_AT))
         format = recognise_format(first, config, needs_label=needs_label)
         formats.append(format.description)
         chunk: list[Record] = []
@@ -484,7 +488,7 @@ def _encode_chunks(
         except BrokenProcessPool as error:
             raise DataError(
                 "a process that encodes the data was killed, probably because memory ran out",
-                hint="run again with fewer worker processes; finished work is kept",
+                hint="run again with a smaller `num_workers`; finished work is kept",
             ) from error
         finally:
             for future, _ in waiting:

@@ -25,6 +25,9 @@ from fulltune.data.tasks import (
 )
 from fulltune.errors import ConfigError, DataError
 
+ROWS_LOOKED_AT = 100
+"""First rows of a source that say how all of it is laid out."""
+
 
 @dataclass(frozen=True)
 class RecordFormat:
@@ -142,6 +145,11 @@ def make_example(
         return TextExample(row.text("text"), record.where)
     if kind == "classification":
         pair = row.text("text_pair") if "text_pair" in format.columns else None
+        if pair is None and row.optional("text_pair") is not None:
+            raise row.error(
+                f"has a `text_pair`, which none of the first {ROWS_LOOKED_AT} rows has",
+                hint="set `task.columns={text_pair: text_pair}` if each row has one, or drop it",
+            )
         return ClassificationExample(
             row.text("text"), pair, _label(row, needs_label=needs_label), record.where
         )
@@ -215,15 +223,19 @@ def _columns(
 ) -> dict[str, str]:
     if layout.fields[0] in ("messages", "conversations"):
         name = "messages" if layout.fields[0] == "messages" else "sharegpt"
-        return {layout.fields[0]: _turns_column(name, records[0], config.columns)}
-    columns = {
-        field: config.columns.get(field, field)
-        for field in _needed(layout, needs_label=needs_label)
-    }
+        columns = {layout.fields[0]: _turns_column(name, records[0], config.columns)}
+    else:
+        columns = {
+            field: config.columns.get(field, field)
+            for field in _needed(layout, needs_label=needs_label)
+        }
     for field in (*layout.fields, *layout.optional_fields):
         column = config.columns.get(field, field)
         asked = field in config.columns and field != layout.answer
-        if asked or any(column in record.fields for record in records):
+        there = any(column in record.fields for record in records)
+        if asked and not there and needs_label:
+            raise _missing_column(records[0], column, fields=(field,))
+        if asked or (there and field not in columns):
             columns[field] = column
     return columns
 
@@ -351,8 +363,11 @@ class _Row:
 
 
 def _type_name(value: Any) -> str:
-    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number"}
-    return names.get(type(value), "a number" if isinstance(value, float) else type(value).__name__)
+    names = {
+        dict: "an object", list: "a list", bool: "true or false", int: "a number",
+        float: "a number", str: "a text", type(None): "null",
+    }  # fmt: skip
+    return names.get(type(value), type(value).__name__)
 
 
 def _label(row: _Row, *, needs_label: bool) -> str | None:
@@ -385,7 +400,9 @@ def _label(row: _Row, *, needs_label: bool) -> str | None:
 
 
 def _openai_messages(row: _Row) -> list[Message]:
-    return _turns(row, row.value("messages"), row.columns.get("messages", "messages"))
+    column = row.columns.get("messages", "messages")
+    turns = _turns(row, row.value("messages"), column)
+    return [*_system(row, row.optional("system")), *turns]
 
 
 def _sharegpt_messages(row: _Row) -> list[Message]:
@@ -422,7 +439,8 @@ def _alpaca_messages(row: _Row) -> list[Message]:
 
 
 def _prompt_completion_messages(row: _Row) -> list[Message]:
-    messages = _text_or_turns(row, "prompt", "user")
+    messages = _system(row, row.optional("system"))
+    messages += _text_or_turns(row, "prompt", "user")
     if "completion" in row.columns:
         messages += _text_or_turns(row, "completion", "assistant")
     return messages
@@ -521,7 +539,7 @@ _LAYOUTS: dict[str, _Layout] = {
         kind="chat",
         fields=("messages",),
         answer=None,
-        optional_fields=(),
+        optional_fields=("system",),
         description="OpenAI messages: {messages} is a list of turns with `role` and `content`",
         messages=_openai_messages,
     ),
@@ -546,7 +564,7 @@ _LAYOUTS: dict[str, _Layout] = {
         kind="chat",
         fields=("prompt", "completion"),
         answer="completion",
-        optional_fields=(),
+        optional_fields=("system",),
         description="prompt and completion: {prompt} is the user's turn, or a list of turns; "
         "{completion} is the assistant's",
         messages=_prompt_completion_messages,

@@ -26,7 +26,7 @@ def parse_json_lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, 
         if not text.strip():
             continue
         try:
-            value = json.loads(text)
+            value = json.loads(text.rstrip())
         except (ValueError, RecursionError) as error:
             raise _bad_json(f"{name}:{number}", text, error) from None
         yield number, _checked_object(value, f"{name}:{number}")

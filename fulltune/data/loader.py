@@ -260,7 +260,7 @@ def num_steps(duration: Quantity, loader: Loader) -> int:
             hint="write how long to train, such as `3 epochs`",
         )
     if duration.unit == "steps":
-        return math.ceil(duration.value)
+        return int(duration.value)
     if duration.unit == "epochs":
         whole = math.floor(duration.value)
         # 0.3 epochs of 10 steps are 3 of them, although 0.3 in binary is a little more.

@@ -181,7 +181,11 @@ def _list_folder(folder: Path, name: str) -> list[DataFile]:
             hint=f"name one: `{name}/train` or `{name}/validation`",
         )
     files = []
-    for parent, folders, names in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise unreadable(str(error.filename), error)
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
         for entry in sorted(names):
             path = Path(parent, entry)

@@ -33,6 +33,7 @@ from fulltune.inference import (
 from fulltune.models.loading import context_length
 from fulltune.objectives.base import Objective, to_device
 from fulltune.objectives.causal_lm import CausalLM
+from fulltune.objectives.causal_stream import CausalStream
 from fulltune.objectives.classification import Classification
 
 RETENTION_SOURCE = "asset:shakespeare"
@@ -238,6 +239,14 @@ def encode_retention(
     return windows
 
 
+@dataclass(frozen=True)
+class Retention:
+    """A general text, and how it is read: loss on it rises when a model forgets."""
+
+    reader: CausalLM
+    windows: Sequence[EncodedExample]
+
+
 def evaluate_retention(
     model: PreTrainedModel,
     objective: CausalLM,
@@ -257,20 +266,36 @@ def evaluate_retention(
     return result.metrics["loss"]
 
 
-def retention_source(config: EvaluateConfig, kind: TaskKind) -> str | None:
+def retention_source(config: EvaluateConfig) -> str | None:
     """Where the general text comes from; None where retention is not measured.
 
     Raises:
-        ConfigError: the task has no language-modelling head to measure it with.
+        ConfigError: the source is empty.
     """
-    if config.retention is False:
-        return None
-    if kind == "classification":
+    if isinstance(config.retention, bool):
+        return RETENTION_SOURCE if config.retention else None
+    if not config.retention.strip():
         raise ConfigError(
-            "`evaluate.retention` is set, but a classifier has no head that predicts text",
-            hint="set `evaluate.retention=false`",
+            "`evaluate.retention` is empty", hint="give `true`, `false` or the source of a text"
         )
-    return RETENTION_SOURCE if config.retention is True else config.retention
+    return config.retention
+
+
+def retention_reader(objective: Objective) -> CausalLM:
+    """What reads the general text with the head that an objective trains.
+
+    Raises:
+        ConfigError: that head does not predict the next token.
+    """
+    if isinstance(objective, CausalLM):
+        return objective
+    if isinstance(objective, CausalStream):
+        return objective.language_model
+    raise ConfigError(
+        "`evaluate.retention` is set, but what is trained here has no head that predicts the next "
+        "token of a text",
+        hint="set `evaluate.retention=false`",
+    )
 
 
 # -- the best model so far -------------------------------------------------------------------------

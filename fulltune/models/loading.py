@@ -392,7 +392,13 @@ def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ModelError(f"`{folder}` is not a folder", hint="give the folder of the model")
     if not (folder / "config.json").is_file():
-        raise ModelError(f"`{folder}` has no config.json", hint="is it a model folder?")
+        unfinished = (folder / "checkpoints").is_dir()
+        raise ModelError(
+            f"`{folder}` has no config.json",
+            hint="it is a run that has not finished: go on with it by `--resume`"
+            if unfinished
+            else "is it a model folder?",
+        )
     for path in _weight_files(folder):
         if not path.is_file():
             raise ModelError(f"`{path}` is missing", hint="copy or download it again")

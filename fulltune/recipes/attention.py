@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 
 from fulltune.data.token_labels import label_tokens
-from fulltune.errors import ConfigError, DataError, FulltuneError, RunFolderError
+from fulltune.errors import ConfigError, DataError
 from fulltune.models.attention_equation import equation_of, trace_attention
 from fulltune.models.families import family_of, num_layers
 from fulltune.models.loading import (
@@ -20,7 +18,7 @@ from fulltune.models.loading import (
 )
 from fulltune.report.attention_page import AttentionReport, render_attention_page
 from fulltune.report.attention_picture import require_picture, write_attention_picture
-from fulltune.train.run_folder import write_atomically
+from fulltune.train.run_folder import write_atomically, writing
 
 MAX_TOKENS = 2048
 """Tokens of a text: a head has the square of them in weights."""
@@ -86,24 +84,12 @@ def run(
         model, equation.name, equation.formula, labels, traced, tuple(chosen_heads)
     )
     if html is not None:
-        with _writing(html):
+        with writing(html):
             write_atomically(html, render_attention_page(report))
     if png is not None:
-        with _writing(png):
+        with writing(png):
             write_attention_picture(report, png)
     return report
-
-
-@contextmanager
-def _writing(path: Path) -> Generator[None]:
-    try:
-        yield
-    except FulltuneError:
-        raise
-    except OSError as error:
-        raise RunFolderError(
-            f"`{path}` cannot be written: {error.strerror or error}", hint="name another place"
-        ) from error
 
 
 def parse_numbers(text: str, count: int, what: str) -> list[int]:

@@ -107,7 +107,7 @@ def run(
     settings = settings or GenerationSettings()
     conversation = Conversation(system)
     stream = source or sys.stdin
-    typed = _type_turns(console) if stream.isatty() else (line.rstrip("\r\n") for line in stream)
+    typed = _type_turns(console) if stream.isatty() else _read_turns(stream)
     if stream.isatty():
         console.print(f"[dim]{HELP}; Ctrl-C stops an answer, Ctrl-D leaves[/]")
     for line in typed:
@@ -119,6 +119,17 @@ def run(
         elif text:
             _answer(text, conversation, loaded, settings, console)
     return conversation
+
+
+def _read_turns(stream: TextIO) -> Iterator[str]:
+    try:
+        for line in stream:
+            yield line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"standard input is not {error.encoding}: byte 0x{error.object[error.start]:02x}",
+            hint="convert it to UTF-8, for example by `iconv -f WINDOWS-1252 -t UTF-8`",
+        ) from None
 
 
 def _type_turns(console: Console) -> Iterator[str]:

@@ -27,7 +27,14 @@ from fulltune.recipes.finetune import Config
 from fulltune.recipes.prepare import first_conversations, prepare
 from fulltune.runtime import cache_dir, choose_device, num_cores
 from fulltune.tracking import make_display
-from fulltune.train.run_folder import CONFIG, has_run, read_manifest
+from fulltune.train.run_folder import (
+    CONFIG,
+    MANIFEST,
+    MODEL,
+    MODEL_LAST,
+    has_run,
+    read_manifest,
+)
 
 
 @dataclass(frozen=True)
@@ -140,10 +147,17 @@ def run(
 
 def _pretraining_run(path: Path) -> tuple[Path, pretrain.Config] | None:
     """The run a model lies in, where it was pre-trained."""
-    for folder in (path, path.parent):
-        if has_run(folder) and "objective" in (values := read_yaml(folder / CONFIG)):
-            return folder, build_config(pretrain.Config, values)
+    folder = _run_folder(path)
+    if folder is not None and "objective" in (values := read_yaml(folder / CONFIG)):
+        return folder, build_config(pretrain.Config, values)
     return None
+
+
+def _run_folder(path: Path) -> Path | None:
+    """The run that a model is, or lies in. A `config.yaml` alone is settings, not a run."""
+    folders = (path, path.parent) if path.name in (MODEL, MODEL_LAST) else (path,)
+    runs = (folder for folder in folders if has_run(folder) and (folder / MANIFEST).is_file())
+    return next(runs, None)
 
 
 def _evaluate_pretrained(
@@ -189,19 +203,18 @@ def _evaluate_pretrained(
 
 
 def _run_of(path: Path) -> tuple[Path, Config]:
-    for folder in (path, path.parent):
-        if has_run(folder):
-            config = build_config(Config, read_yaml(folder / CONFIG))
-            if config.task.validation is None:
-                raise ConfigError(
-                    f"the run in `{folder}` held nothing out",
-                    hint="name the data with `--data FILE`",
-                )
-            return folder, config
-    raise ConfigError(
-        f"`{path}` is not a run, so there is no validation split",
-        hint="name the data with `--data FILE`",
-    )
+    folder = _run_folder(path)
+    if folder is None:
+        raise ConfigError(
+            f"`{path}` is not a run, so there is no validation split",
+            hint="name the data with `--data FILE`",
+        )
+    config = build_config(Config, read_yaml(folder / CONFIG))
+    if config.task.validation is None:
+        raise ConfigError(
+            f"the run in `{folder}` held nothing out", hint="name the data with `--data FILE`"
+        )
+    return folder, config
 
 
 def _require_unchanged(folder: Path, sources: Sequence[Mapping[str, Any]]) -> None:

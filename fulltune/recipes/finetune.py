@@ -13,20 +13,22 @@ import torch
 from pydantic import Field
 
 from fulltune.config import BatchSize, Duration, Period, Quantity, Settings
+from fulltune.data.formats import make_example, recognise_format
 from fulltune.data.preview import require_sound
-from fulltune.data.records import read_records
+from fulltune.data.records import check_source, read_records
 from fulltune.data.tasks import TaskConfig, TextExample
 from fulltune.errors import ConfigError
 from fulltune.evaluate.evaluator import (
     EvaluateConfig,
+    Retention,
     encode_retention,
+    retention_reader,
     retention_source,
 )
 from fulltune.evaluate.metrics import check_metric
 from fulltune.memory.plan import MemorySetting
 from fulltune.models.scope import Scope
 from fulltune.objectives.base import Objective
-from fulltune.objectives.causal_lm import CausalLM
 from fulltune.optim.optimizers import OptimizerConfig
 from fulltune.recipes.finish import finish
 from fulltune.recipes.prepare import (
@@ -92,7 +94,7 @@ class Config(Settings):
     """Weights in `model/`: exact in `fp32`; `bf16` rounds them and halves the folder."""
     num_workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that tokenize; null is one for each core."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=10**9)] = 0
     """Seed of the split, the order of examples, dropout and a new head."""
 
 
@@ -271,7 +273,9 @@ def assemble(
         display: told what is being done.
         start: how the model is opened and the data is read.
     """
-    source = retention_source(config.evaluate, config.task.kind)
+    source = retention_source(config.evaluate)
+    if source is not None:
+        on_all_ranks(runtime, lambda: check_source(source))
     base_bytes = psutil.Process().memory_info().rss
     # A resumed run computes as it began: another precision would be another run.
     precision = from_main_rank(
@@ -283,6 +287,7 @@ def assemble(
     )
 
     base, objective = on_all_ranks(runtime, lambda: start.open(config))
+    reader = retention_reader(objective) if source is not None else None
     display.stage("reading and tokenizing the data")
     prepared = _prepare_on_all_ranks(config, objective, runtime, display, start)
     may_truncate = config.task.too_long != "error"
@@ -296,15 +301,20 @@ def assemble(
 
     display.stage("loading the model")
     trainer = Trainer(config, base, prepared, precision, runtime, display, base_bytes, metric)
-    if source is not None:
-        reader = trainer.objective
-        assert isinstance(reader, CausalLM)
-        texts = (
-            TextExample(str(record.fields["text"]), record.where)
-            for record in read_records(source, limit=64)
+    if source is not None and reader is not None:
+        trainer.retention = Retention(
+            reader, on_all_ranks(runtime, lambda: encode_retention(_texts_of(source), reader))
         )
-        trainer.retention = encode_retention(texts, reader)
     return trainer
+
+
+def _texts_of(source: str) -> list[TextExample]:
+    """The first documents of the text that retention is measured on."""
+    records = list(read_records(source, limit=64))
+    task = TaskConfig(kind="text", train=source)
+    layout = recognise_format(records, task)
+    examples = (make_example(record, layout, kind="text") for record in records)
+    return [example for example in examples if isinstance(example, TextExample)]
 
 
 def _prepare_on_all_ranks(

@@ -37,6 +37,7 @@ from fulltune.train.loop import Ending
 from fulltune.train.run_folder import (
     CHECKPOINTS,
     MODEL,
+    MODEL_LAST,
     flush_folder,
     replace_folder,
     write_atomically,
@@ -60,17 +61,18 @@ def finish(trainer: Trainer, ending: Ending) -> None:
     # Nothing steps any more: its state makes room for the model that is written.
     trainer.optimizer.free_state()
     return_freed_memory()  # the model is loaded once more, through pages of its file
-    best = trainer.folder / CHECKPOINTS / f"best-{trainer.best.best_step or 0:08d}"
-    if trainer.best.best_step is not None and trainer.best.best_step != step and best.exists():
+    best_step = trainer.best.best_step
+    if best_step is not None and best_step not in (0, step):
+        best = trainer.folder / CHECKPOINTS / f"best-{best_step:08d}"
         last, _ = _exact_model(trainer)
-        _write_model(trainer, last, trainer.folder / "model-last")
+        _write_model(trainer, last, trainer.folder / MODEL_LAST)
         del last
         _take(trainer, best)
         trainer.display.notice(
-            f"the weights of step {trainer.best.best_step} are kept, the best by "
-            f"`{trainer.best.metric}`; those of step {step} are in `model-last`"
+            f"the weights of step {best_step} are kept, the best by "
+            f"`{trainer.best.metric}`; those of step {step} are in `{MODEL_LAST}`"
         )
-    elif trainer.best.best_step == 0:
+    elif best_step == 0:
         trainer.display.notice(
             f"no evaluation was better by `{trainer.best.metric}` than the one before training; "
             f"`model` holds the weights of step {step}"
@@ -150,7 +152,11 @@ def _write_facts(trainer: Trainer, manifest: dict[str, Any]) -> None:
 def _take(trainer: Trainer, best: Path) -> None:
     problem = find_damage(best)
     if problem is not None:
-        raise CheckpointError(f"the best weights, `{best}`, cannot be used: {problem}")
+        raise CheckpointError(
+            f"the best weights, `{best}`, cannot be used: {problem}",
+            hint=f"restore that folder and go on with `--resume`; the last weights are in "
+            f"`{trainer.folder / MODEL_LAST}`",
+        )
     checkpoint = open_checkpoint(best)
     trainer.masters.load(checkpoint.tensors("weights"))
     trainer.last_metrics = checkpoint.state["metrics"]

@@ -21,7 +21,12 @@ from typing import Any, BinaryIO, Literal, cast
 
 import torch
 
-from fulltune.data.formats import RecordFormat, make_example, recognise_format
+from fulltune.data.formats import (
+    ROWS_LOOKED_AT,
+    RecordFormat,
+    make_example,
+    recognise_format,
+)
 from fulltune.data.records import STANDARD_INPUT, Record, check_source, read_records
 from fulltune.data.tasks import ChatExample, ClassificationExample, Message, TaskConfig, TextExample
 from fulltune.errors import ConfigError, DataError, RunFolderError
@@ -50,7 +55,6 @@ FIELD = "prediction"
 # Rows between two writes: few enough to lose little, many enough for full batches.
 ROWS_GENERATED = 32
 ROWS_CLASSIFIED = 512
-ROWS_LOOKED_AT = 32
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,15 @@ def run(
         batch_tokens: most tokens of a batch.
 
     Raises:
-        DataError: a row cannot be read, or does not fit the model; rows before it are written.
+        ConfigError: a setting has no effect on this kind of model.
+        DataError: a row cannot be read, or does not fit the model; the rows of the chunks before
+            its own are written.
         RunFolderError: ``output`` exists and ``resume`` is off, is of other rows, another model or
             other settings, or cannot be written.
     """
     started = time.monotonic()
     records, layout, loaded = _open(model, source, columns, device, dtype, output, resume)
+    _refuse_settings_without_effect(loaded, settings, too_long)
     num_kept = 0
     if output is not None:
         origin = describe_origin(
@@ -139,6 +146,28 @@ def run(
             )
             num_predicted += len(chunk)
     return PredictResult(output, num_predicted, num_kept, time.monotonic() - started)
+
+
+def _refuse_settings_without_effect(
+    loaded: Loaded, settings: GenerationSettings | None, too_long: str
+) -> None:
+    given: dict[str, object] = {}
+    if loaded.kind == "classification":
+        defaults = GenerationSettings()
+        chosen = settings or defaults
+        given = {
+            name: getattr(chosen, name)
+            for name in GenerationSettings.model_fields
+            if getattr(chosen, name) != getattr(defaults, name)
+        }
+    elif too_long != "error":
+        given = {"too_long": too_long}
+    for name, value in given.items():
+        option = f"--{name.replace('_', '-')}"
+        raise ConfigError(
+            f"`{option} {value}` has no effect on a model of `task.kind: {loaded.kind}`",
+            hint="leave it out",
+        )
 
 
 def _open(

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fulltune.data.arranged import JoinedExamples
 from fulltune.data.chat import end_of_turn_ids
 from fulltune.data.encoding import EncodedDataset, encode_dataset
-from fulltune.data.formats import make_example, recognise_format
+from fulltune.data.formats import ROWS_LOOKED_AT, make_example, recognise_format
 from fulltune.data.joined import JoinedDataset
 from fulltune.data.preview import Finding, PreviewFacts, check, examine
 from fulltune.data.records import check_source, read_records, source_fingerprint
@@ -315,7 +315,7 @@ def find_examples(
     for source in sources:
         if len(found) == len(wanted):
             break
-        record_format = recognise_format(list(read_records(source, limit=32)), task)
+        record_format = recognise_format(list(read_records(source, limit=ROWS_LOOKED_AT)), task)
         for record in read_records(source):
             if record.where in wanted:
                 found[record.where] = make_example(record, record_format, kind=task.kind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -32,7 +32,15 @@ from fulltune.objectives.permutation_lm import PermutationConfig, PermutationLM
 from fulltune.objectives.sentence_order import SentenceOrder
 from fulltune.objectives.span_corruption import SpanConfig, SpanCorruption
 from fulltune.recipes import finetune
-from fulltune.recipes.prepare import Base, Prepared, encode_task, open_base, sides, split_task
+from fulltune.recipes.prepare import (
+    Base,
+    Prepared,
+    check_task,
+    encode_task,
+    open_base,
+    sides,
+    split_task,
+)
 from fulltune.recipes.prepare import prepare as prepare_windows
 from fulltune.tracking import Display
 
@@ -155,6 +163,12 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
             f"`task.kind` is `{config.task.kind}`, and pre-training reads documents",
             hint="write `task.kind: text`, or use `fulltune finetune`",
         )
+    if config.task.max_length is not None:
+        raise ConfigError(
+            "`task.max_length` has no effect in pre-training, whose examples are made of documents",
+            hint="set `objective.length` instead",
+        )
+    check_task(config.task)
     metrics = {name for kind in OBJECTIVES.values() for name in kind.metrics}
     start = finetune.Start(open_start, prepare, tuple(sorted(metrics)))
     return finetune.run(config, resume=resume, display=display, start=start)
@@ -195,7 +209,26 @@ def open_start(config: Config) -> tuple[Base, PretrainingObjective]:
             f"`objective.length` is {length:,}, but the model's context is {context:,} tokens",
             hint=f"give at most {context}",
         )
-    return base, kind.build(base, family_of(base.config), chosen, length)
+    objective = kind.build(base, family_of(base.config), chosen, length)
+    return base, _with_loss_settings(objective, config)
+
+
+def _with_loss_settings(objective: Objective, config: Config) -> Objective:
+    """Label smoothing and z-loss, which are of next-token prediction alone."""
+    if isinstance(objective, CausalStream):
+        model = replace(
+            objective.language_model, label_smoothing=config.label_smoothing, z_loss=config.z_loss
+        )
+        return replace(objective, language_model=model)
+    if isinstance(objective, CausalLM):
+        return replace(objective, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
+    for name in ("label_smoothing", "z_loss"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"`{name}` has no effect here: only `objective.name: causal_lm` has it",
+                hint="leave it out",
+            )
+    return objective
 
 
 def _kind_for(chosen: ObjectiveConfig, family: Family, model_type: str) -> Kind:

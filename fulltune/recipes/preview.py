@@ -35,7 +35,7 @@ from fulltune.recipes.prepare import (
 )
 from fulltune.runtime import choose_device
 from fulltune.tracking import make_display
-from fulltune.train.run_folder import write_atomically
+from fulltune.train.run_folder import write_atomically, writing
 
 MAX_SHOWN_REMOVED = 2000
 """Removed tokens of an example that are still shown."""
@@ -63,6 +63,11 @@ def run(
     """
     if html is not None and html.exists() and not html.is_file():
         raise ConfigError(f"`--html {html}` is not a file", hint="give the name of a file")
+    if html is not None and not html.parent.is_dir():
+        raise ConfigError(
+            f"`--html {html}` cannot be made: there is no folder `{html.parent}`",
+            hint="make the folder, or give another file",
+        )
     with make_display(title="preview") as display:
         base = open_base(config.model, config.task)
         objective = make_objective(base, config.task)
@@ -93,7 +98,8 @@ def run(
         render_terminal(facts, prepared.findings, samples, console or Console())
     if html is not None:
         title = f"What {config.run_dir} trains on"
-        write_atomically(html, render_html(facts, prepared.findings, samples, title=title))
+        with writing(html):
+            write_atomically(html, render_html(facts, prepared.findings, samples, title=title))
         display.notice(f"written to {html}")
     return all(finding.level != "error" for finding in prepared.findings)
 

@@ -17,6 +17,7 @@ from fulltune.errors import ConfigError
 from fulltune.evaluate.evaluator import (
     BestTracker,
     EvaluationResult,
+    Retention,
     evaluate_model,
     evaluate_retention,
     sample_answers,
@@ -26,7 +27,7 @@ from fulltune.models.families import layer_of, num_layers
 from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import load_model
 from fulltune.models.scope import freeze, require_own_weights
-from fulltune.objectives.causal_lm import CausalLM, require_plain_head
+from fulltune.objectives.causal_lm import require_plain_head
 from fulltune.objectives.noise import noise_seed
 from fulltune.objectives.span_corruption import require_plain_decoder_head
 from fulltune.optim.master_weights import MasterWeights
@@ -78,7 +79,7 @@ class Trainer:
         self.precision, self.runtime, self.display = precision, runtime, display
         self.objective = prepared.objective
         self.folder = Path(config.run_dir)
-        self.retention: list[Any] = []
+        self.retention: Retention | None = None
         self.started = time.time()
 
         self.model = on_all_ranks(runtime, self.load_base)
@@ -374,19 +375,18 @@ class Trainer:
                 micro_batch_tokens=self.plan.micro_batch_tokens,
             )
             metrics, details = dict(result.metrics), result.details
-        if self.retention:
-            assert isinstance(self.objective, CausalLM)
+        if self.retention is not None:
             metrics["retention_loss"] = evaluate_retention(
                 model,
-                self.objective,
-                self.retention,
+                self.retention.reader,
+                self.retention.windows,
                 micro_batch_tokens=self.plan.micro_batch_tokens,
             )
         return metrics, details
 
     def _evaluate(self, step: int) -> bool:
         """Measure on the validation split; True asks to stop early."""
-        if self.config.task.validation is None and not self.retention:
+        if self.config.task.validation is None and self.retention is None:
             return False
         self.display.stage("evaluating")
         metrics, self.last_details = self.measure(self.model)

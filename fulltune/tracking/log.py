@@ -20,7 +20,7 @@ from fulltune.errors import DataError, RunFolderError
 # one, so that an answer that happens to read "NaN" is still read back as text.
 _NOT_FINITE_KEY = "not_finite"
 # Written after the last checkpoint, and with its step.
-_OF_THE_END = ("sample", "weight_change", "end")
+_OF_THE_END = ("sample", "weight_change", "result", "end")
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 

@@ -22,13 +22,13 @@ class Due(Protocol):
 
 @dataclass(frozen=True)
 class Every:
-    """A period in optimizer steps; 0 means only after the last one."""
+    """A period in optimizer steps."""
 
     steps: int
 
     def due(self, step: int, *, last: bool) -> bool:
         """Whether it is time after ``step`` finished updates."""
-        return last or (self.steps > 0 and step % self.steps == 0)
+        return last or step % self.steps == 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class EveryEpochs:
 def every(period: Quantity, epochs_after: Callable[[int], float]) -> Due:
     """The period of a setting, `100 steps` or `1 epoch`."""
     if period.unit == "steps":
-        return Every(max(1, round(period.value)))
+        return Every(int(period.value))
     return EveryEpochs(period.value, epochs_after)
 
 

@@ -19,6 +19,8 @@ from fulltune.errors import ConfigError, FulltuneError, RunFolderError
 S = TypeVar("S", bound=Settings)
 
 CONFIG, MANIFEST, CHECKPOINTS, MODEL = "config.yaml", "manifest.json", "checkpoints", "model"
+MODEL_LAST = "model-last"
+"""Weights of the last step, where those of an earlier one were the best."""
 LOCK = ".lock"
 
 CHANGEABLE = (
@@ -164,6 +166,23 @@ def write_errors(folder: Path) -> Generator[None]:
             hint="free some space, or make it writable, then go on with `--resume`; "
             "checkpoints are intact",
         ) from None
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Say of a file outside the run folder, such as a page, that it cannot be written.
+
+    Raises:
+        RunFolderError: what was done inside could not write.
+    """
+    try:
+        yield
+    except FulltuneError:
+        raise
+    except OSError as error:
+        raise RunFolderError(
+            f"`{path}` cannot be written: {error.strerror or error}", hint="name another place"
+        ) from error
 
 
 def flush_folder(folder: Path) -> None:

@@ -129,6 +129,24 @@ def test_a_sharegpt_system_column_is_the_first_turn() -> None:
     assert turns(row)[0] == ("system", "s")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        conversation(USER, ASSISTANT),
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"prompt": "Where?", "completion": "Here."},
+        {"instruction": "Where?", "output": "Here."},
+    ],
+)
+def test_a_system_column_is_the_first_turn_in_every_layout(row: dict[str, Any]) -> None:
+    assert turns({**row, "system": "s"})[0] == ("system", "s")
+    renamed = config(columns={"system": "rules"})
+    assert turns({**row, "rules": "s"}, renamed)[0] == ("system", "s")
+    said = refusal({**row, "rule": "s"}, renamed)
+    assert "no column `rules`" in str(said)
+    assert "did you mean `rule`?" in str(said.hint)
+
+
 def test_texts_are_taken_as_they_stand() -> None:
     row = conversation(
         {"role": "user", "content": " a\n"}, {"role": "assistant", "content": "\tb "}
@@ -259,10 +277,13 @@ def test_later_rows_are_held_to_the_format_of_the_first() -> None:
     format = recognised(conversation(USER, ASSISTANT), config())
     cases: list[tuple[dict[str, Any], str]] = [
         ({"mesages": []}, "no column `messages`; there are `mesages`"),
-        ({"messages": None}, "field `messages` must be a list of turns, not NoneType"),
+        ({"messages": None}, "field `messages` must be a list of turns, not null"),
         ({"messages": []}, "field `messages` holds no turns"),
-        ({"messages": "hi"}, "field `messages` must be a list of turns, not str"),
-        ({"messages": ["hi"]}, "turn 1 of `messages` must have `role` and `content`; it has str"),
+        ({"messages": "hi"}, "field `messages` must be a list of turns, not a text"),
+        (
+            {"messages": ["hi"]},
+            "turn 1 of `messages` must have `role` and `content`; it has a text",
+        ),
     ]
     for row, message in cases:
         with pytest.raises(DataError) as caught:
@@ -320,6 +341,15 @@ def test_a_pair_is_read_where_there_is_one() -> None:
     assert example({"text": "a", "text_pair": "b", "label": "c"}, config("classification")) == (
         ClassificationExample("a", "b", "c", "train.jsonl:1")
     )
+
+
+def test_a_pair_that_the_first_rows_do_not_show_is_not_dropped() -> None:
+    format = recognised({"text": "a", "label": "c"}, config("classification"))
+    later = Record({"text": "a", "text_pair": "b", "label": "c"}, "train.jsonl:900")
+    with pytest.raises(DataError, match=r"train.jsonl:900: has a `text_pair`"):
+        make_example(later, format, kind="classification")
+    empty = Record({"text": "a", "text_pair": None, "label": "c"}, "train.jsonl:901")
+    make_example(empty, format, kind="classification")
 
 
 @pytest.mark.parametrize(

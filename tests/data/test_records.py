@@ -267,6 +267,8 @@ def test_a_malformed_line_is_named_with_what_is_wrong(tmp_path: Path) -> None:
         'near `{"text": "good" "label": 1}`'
     )
     assert error.hint == "JSON Lines holds one whole object on each line"
+    cut_off = refusal(written(tmp_path / "d.jsonl", '{"a": 1}\n{"a": [1\n{"a": 1}\n'))
+    assert "d.jsonl:2: not JSON: Expecting ',' delimiter at column 9" in str(cut_off)
     assert "not readable as JSON" in str(refusal(written(tmp_path / "b.jsonl", "[" * 100_000)))
     assert "4300" in str(refusal(written(tmp_path / "c.jsonl", '{"a": ' + "1" * 5000 + "}")))
 

@@ -19,12 +19,15 @@ from fulltune.evaluate.evaluator import (
     encode_retention,
     evaluate_model,
     evaluate_retention,
+    retention_reader,
     retention_source,
     sample_answers,
 )
 from fulltune.inference import GenerationSettings, Loaded, build_objective, load_for_inference
 from fulltune.objectives.base import to_device
 from fulltune.objectives.causal_lm import CausalLM
+from fulltune.objectives.causal_stream import CausalStream
+from fulltune.objectives.classification import Classification
 
 CPU = torch.device("cpu")
 
@@ -174,12 +177,19 @@ def test_retention_reads_windows_of_a_text_up_to_its_limit(gpt2: Loaded) -> None
         encode_retention([], objective)
 
 
-def test_retention_is_refused_where_no_head_predicts_text() -> None:
-    assert retention_source(EvaluateConfig(), "classification") is None
-    assert retention_source(EvaluateConfig(retention=True), "chat") == RETENTION_SOURCE
-    assert retention_source(EvaluateConfig(retention="notes.txt"), "text") == "notes.txt"
-    with pytest.raises(ConfigError, match="a classifier has no head that predicts text"):
-        retention_source(EvaluateConfig(retention=True), "classification")
+def test_retention_reads_the_source_that_is_named() -> None:
+    assert retention_source(EvaluateConfig()) is None
+    assert retention_source(EvaluateConfig(retention=True)) == RETENTION_SOURCE
+    assert retention_source(EvaluateConfig(retention="notes.txt")) == "notes.txt"
+
+
+def test_retention_is_refused_where_no_head_predicts_text(gpt2: Loaded) -> None:
+    objective = build_objective(gpt2)
+    assert isinstance(objective, CausalLM)
+    assert retention_reader(objective) is objective
+    assert retention_reader(CausalStream(objective)) is objective
+    with pytest.raises(ConfigError, match="no head that predicts the next token"):
+        retention_reader(Classification(gpt2.tokenizer, ("a", "b"), 8, "first"))
 
 
 def test_of_equal_evaluations_the_earlier_is_the_best_and_nan_never_is() -> None:

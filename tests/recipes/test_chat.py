@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import BertForSequenceClassification
 
 from fulltune.data.tasks import Message
-from fulltune.errors import ModelError
+from fulltune.errors import DataError, ModelError
 from fulltune.inference import GenerationSettings, generate, load_for_inference
 from fulltune.recipes import chat
 
@@ -122,3 +122,9 @@ def test_fitting_never_drops_the_last_message(tiny_llama: Path) -> None:
     conversation = chat.Conversation(turns=list(turns))
     assert conversation.fit(loaded, SHORT) == 2
     assert conversation.turns == turns[2:]
+
+
+def test_a_pipe_that_is_not_utf_8_is_refused_by_its_byte(tiny_llama: Path) -> None:
+    source = io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait\n"), encoding="utf-8")
+    with pytest.raises(DataError, match="not utf-8: byte 0xe9"):
+        chat.run(str(tiny_llama), device="cpu", source=source)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fulltune.config import build_config
-from fulltune.errors import ConfigError, DataError
+from fulltune.errors import ConfigError, DataError, ModelError
 from fulltune.recipes import evaluate, finetune
 
 
@@ -58,3 +58,20 @@ def test_changed_data_has_another_validation_split_and_is_refused(run: Path) -> 
             evaluate.run(str(run), device="cpu")
     finally:
         data.write_text(before, encoding="utf-8")
+
+
+def test_a_settings_file_beside_a_model_does_not_make_it_a_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(run / "config.yaml", tmp_path / "config.yaml")
+    shutil.copytree(run / "model", tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="`model` is not a run"):
+        evaluate.run("model", device="cpu")
+
+
+def test_an_unfinished_run_says_how_it_goes_on(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "checkpoints", tmp_path / "run" / "checkpoints")
+    with pytest.raises(ModelError, match=r"no config\.json") as caught:
+        evaluate.run(str(tmp_path / "run"), device="cpu")
+    assert "--resume" in str(caught.value.hint)

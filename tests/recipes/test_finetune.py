@@ -230,6 +230,24 @@ def test_early_stopping_keeps_the_best_model_and_the_last(
         assert (tmp_path / "run" / "model-last").is_dir()
 
 
+def test_best_weights_that_are_gone_are_not_replaced_by_the_last(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    config = make_config(
+        run_dir, tiny_llama, chat_file, duration="60 steps",
+        optimizer={"lr": 0.02, "schedule": "constant", "clip_norm": None},
+        evaluate={"every": "1 step", "stop_after": 2, "num_samples": 0},
+    )  # fmt: skip
+    result = finetune.run(config)
+    best = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))["best_step"]
+    assert 0 < best < result.step
+    (run_dir / "manifest.json").unlink()  # as if killed before its end
+    shutil.rmtree(run_dir / "checkpoints" / f"best-{best:08d}")
+    with pytest.raises(CheckpointError, match="the best weights"):
+        finetune.run(config, resume=True)
+
+
 def test_the_written_model_stops_where_the_template_ends_a_turn(
     tmp_path: Path, tiny_llama: Path, chat_file: Path
 ) -> None:

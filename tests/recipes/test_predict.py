@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertForSequenceClassification
 
-from fulltune.errors import DataError, RunFolderError
+from fulltune.errors import ConfigError, DataError, RunFolderError
 from fulltune.inference import GenerationSettings
 from fulltune.recipes import predict
 from fulltune.recipes.origin import origin_path
@@ -145,6 +145,7 @@ def test_a_row_that_cannot_be_read_leaves_the_rows_before_it_and_resume_goes_on(
     classifier: str, classification_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predict, "ROWS_CLASSIFIED", 10)
+    monkeypatch.setattr(predict, "ROWS_LOOKED_AT", 10)
     lines = classification_file.read_text(encoding="utf-8").splitlines(keepends=True)
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join([*lines[:45], "{broken\n", *lines[46:]]), encoding="utf-8")
@@ -154,6 +155,18 @@ def test_a_row_that_cannot_be_read_leaves_the_rows_before_it_and_resume_goes_on(
     source.write_text("".join(lines), encoding="utf-8")
     predict.run(classifier, str(source), output=output, resume=True)
     assert len(read(output)) == len(lines)
+
+
+def test_how_answers_are_generated_has_no_effect_on_a_classifier_and_is_refused(
+    classifier: str, classification_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(ConfigError, match="`--temperature 0\\.5` has no effect"):
+        predict.run(
+            classifier, str(classification_file), output=output,
+            settings=GenerationSettings(temperature=0.5),
+        )  # fmt: skip
+    assert not output.exists()
 
 
 def test_a_field_that_would_be_overwritten_is_an_error(classifier: str, tmp_path: Path) -> None:

@@ -205,6 +205,9 @@ def test_a_pretrained_run_is_fine_tuned_by_its_name(
         ({"objective": {"length": 4096}}, "context is 128 tokens"),
         ({"task": {"kind": "classification", "train": "x"}}, "reads documents"),
         ({"tokenizer": "nowhere"}, "no folder of a tokenizer"),
+        ({"task": {"kind": "text", "train": "x", "max_length": 64}}, "`task.max_length` has no"),
+        ({"task": {"kind": "text", "train": "x", "too_long": "drop"}}, "`task.too_long` has no"),
+        ({"task": {"kind": "text", "train": "x", "template": "chatml"}}, "`task.template` has no"),
     ],
 )
 def test_what_cannot_be_pretrained_is_said_before_anything_is_written(
@@ -214,6 +217,42 @@ def test_what_cannot_be_pretrained_is_said_before_anything_is_written(
     with pytest.raises((ConfigError, ModelError), match=named):
         pretrain.run(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"label_smoothing": 0.1}, "`label_smoothing` has no effect"),
+        ({"z_loss": 1e-4}, "`z_loss` has no effect"),
+        ({"evaluate": {"retention": True}}, "no head that predicts the next token"),
+    ],
+)
+def test_what_only_next_token_prediction_has_is_refused_by_others(
+    tmp_path: Path, corpus: Path, tiny_bert: Path, changes: dict[str, Any], named: str
+) -> None:
+    config = make_config(tmp_path / "run", corpus, tiny_bert, "bert-tiny", **changes)
+    with pytest.raises(ConfigError, match=named):
+        pretrain.run(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_label_smoothing_z_loss_and_retention_have_their_effect_on_gpt(
+    tmp_path: Path, corpus: Path, tiny_gpt2: Path, stream: bool
+) -> None:
+    losses = []
+    for number, changes in enumerate(({}, {"label_smoothing": 0.1}, {"z_loss": 0.1})):
+        config = make_config(
+            tmp_path / f"run-{number}", corpus, tiny_gpt2, "gpt2-tiny",
+            objective={"length": 32, "stream": stream}, duration="1 steps",
+            evaluate={"retention": str(corpus)}, **changes,
+        )  # fmt: skip
+        result = pretrain.run(config)
+        assert result.metrics["retention_loss"] > 0
+        losses += step_losses(tmp_path / f"run-{number}")
+    plain, smoothed, bounded = losses
+    assert smoothed != plain
+    assert bounded > plain
 
 
 def test_a_trained_model_takes_no_other_tokenizer(
