@@ -151,10 +151,9 @@ def test_the_loss_and_its_gradients_are_those_of_the_models_own_forward(
     loss.backward()
     # A mean of a hundred float32 terms near 6, added up in another order.
     torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-6, atol=1e-6)
-    for (name, mine), own in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        # Sums of as many float32 products as the batch has tokens.
-        torch.testing.assert_close(
-            mine.grad, own.grad, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    found = {name: each.grad for name, each in ours.named_parameters()}
+    # Sums of as many float32 products as the batch has tokens.
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=2e-6)
     scores = objective.score(ours, batch)
     assert scores.loss_sum / scores.num_targets == pytest.approx(expected.item(), rel=1e-6)
