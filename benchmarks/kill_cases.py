@@ -74,7 +74,7 @@ def fine_tuning(folder: Path, model: Path | None, data: Path | None) -> Case:
         return build_config(
             finetune.Config,
             {
-                **of_every_run(run_dir, stops_early, lr=1e-3, excessive_rate=0.1, num_samples=1),
+                **of_every_run(run_dir, stops_early, lr=1e-3, excessive_rate=0.2, num_samples=1),
                 "model": str(model),
                 "task": {"kind": "chat", "train": str(data), "validation": "4 examples"},
                 "batch": "6 examples",
