@@ -107,7 +107,7 @@ XLNET = NewModel(
     "xlnet-tiny", "xlnet", "bpe", 380, 0.1, {"d_model": 32, "n_head": 4, "d_inner": 48}
 )
 T5 = NewModel(
-    "t5-tiny", "t5", "bpe", 380, 1.0, {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4}
+    "t5-tiny", "t5", "bpe", 380, 2.0, {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4}
 )
 
 OBJECTIVES: dict[str, tuple[NewModel, dict[str, Any]]] = {
