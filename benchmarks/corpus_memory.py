@@ -37,7 +37,7 @@ def write_text(path: Path, num_bytes: int) -> None:
              for _ in range(20_000)]  # fmt: skip
     characters = [chr(code) for code in range(0x4E00, 0x5600)]
     written, last = 0, ""
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("wb") as file:
         while written < num_bytes:
             kind = draw.random()
             if kind < 0.1 and last:
@@ -47,7 +47,8 @@ def write_text(path: Path, num_bytes: int) -> None:
             else:
                 text = "".join(draw.choices(characters, k=draw.randint(50, 1200)))
             last = text
-            written += file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
+            written += file.write(line.encode())
 
 
 def measure(folder: Path, megabytes: int, num_workers: int) -> dict[str, object]:

@@ -1,14 +1,17 @@
 """Kill a training process at chosen moments, resume it, and compare what it leaves bit for bit.
 
     python benchmarks/kills.py --kills 200
+    python benchmarks/kills.py --verb pretrain --kills 100 --kills-per-run 10
 
-Trains a tiny Llama on conversations in child processes that save a checkpoint after every step. A
-child says over a pipe what it is about to do (read data, take a step, evaluate, save, write the
-best, export, write the report, ...). The parent aims at one such moment, waits a random part of the
-time it usually takes, kills the child with SIGKILL, and starts another with `--resume`. When the
-run comes to its end, its weights, optimizer state, exported model, logged steps and samples and the
-names of its files must be those of a run that was never disturbed. Every second run stops early and
-takes its best weights. Prints a line a run, and a summary as JSON.
+Trains a tiny model in child processes that save a checkpoint after every step: a Llama on
+conversations, or new models of each objective of pre-training on a corpus made by `fulltune corpus`
+(`kill_cases.py`). A child says over a pipe what it is about to do (read data, take a step,
+evaluate, save, write the best, export, write the report, ...). The parent aims at one such moment,
+waits a random part of the time it usually takes, kills the child with SIGKILL, and starts another
+with `--resume`. When the run comes to its end, its weights, optimizer state, exported model, logged
+steps and samples and the names of its files must be those of a run that was never disturbed. Each
+kind of run in turn also stops early and takes its best weights. Prints a line a run, and a summary
+as JSON.
 
 A SIGKILL leaves the operating system's cache alone: this says nothing about a power failure.
 """
@@ -37,46 +40,29 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from kill_cases import CACHED, OBJECTIVES, Case, fine_tuning, pre_training
 
-from fulltune.config import build_config
-from fulltune.recipes import finetune, finish, resume, trainer
+from fulltune.recipes import finetune
 from fulltune.tracking import read_metrics
-from fulltune.train import checkpoint as checkpoints
 from fulltune.train.checkpoint import find_damage, last_checkpoint
 
-MOMENTS: dict[str, tuple[Any, str]] = {
-    "reading data": (finetune, "prepare"),
-    "beginning": (finetune, "create_run_folder"),
-    "restoring": (resume, "last_checkpoint"),
-    "opening the log": (trainer, "Tracker"),
-    "sampling": (trainer, "sample_answers"),
-    "step": (trainer, "train_step"),
-    "evaluating": (trainer, "evaluate_model"),
-    "saving": (resume, "save_checkpoint"),
-    "hashing a save": (checkpoints, "_flushed_sha256"),
-    "pruning": (finish, "prune_checkpoints"),
-    "exporting": (finish, "save_model"),
-    "replacing the model": (finish, "replace_folder"),
-    "writing small files": (finish, "write_atomically"),
-    "writing the report": (finish, "write_report"),
-    "writing the manifest": (finish, "write_manifest"),
-}
-"""What a child announces, and the function in which it is done. A save of the best weights is
-called `saving the best`; `starting` is everything before the first announcement."""
+SAVING_THE_BEST = "saving the best"
+"""What a save of the best weights is announced as."""
+STARTING = "starting"
+"""Everything before the first announcement."""
 AT_THE_END = {
     "exporting", "replacing the model", "writing small files", "writing the report",
     "writing the manifest",
 }  # fmt: skip
-REPEATED = {"step", "evaluating", "saving", "saving the best", "hashing a save", "pruning"}
-NAMES = ("starting", *MOMENTS, "saving the best")
+REPEATED = {"step", "evaluating", "saving", SAVING_THE_BEST, "hashing a save", "pruning"}
 
 
 @dataclass
 class Tally:
     """What happened over all runs."""
 
-    runs: int = 0
+    runs: Counter[str] = field(default_factory=Counter)
+    """Runs that came to their end, by case."""
     aimed: Counter[str] = field(default_factory=Counter)
     """Kills by the moment at which the child stood, as far as it had said so."""
     kills_in_unfinished_saves: int = 0
@@ -97,15 +83,24 @@ def main(arguments: list[str] | None = None) -> Tally:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--kills-per-run", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", type=Path, help="a small model folder; without it, one is made")
-    parser.add_argument("--data", type=Path, help="conversations, JSONL; without it, some are made")
+    parser.add_argument("--verb", choices=("finetune", "pretrain"), default="finetune")
+    parser.add_argument("--model", type=Path, help="finetune: a small model; else one is made")
+    parser.add_argument("--data", type=Path, help="finetune: conversations; else some are made")
+    parser.add_argument(
+        "--objectives", nargs="+", choices=tuple(OBJECTIVES), help="pretrain: else all of them"
+    )
     options = parser.parse_args(arguments)
+    of_the_other = ("objectives",) if options.verb == "finetune" else ("model", "data")
+    for name in of_the_other:
+        if getattr(options, name) is not None:
+            parser.error(f"--{name} has no effect with --verb {options.verb}")
     torch.set_num_threads(1)  # a fork must not inherit threads
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         tally = Harness(Path(place), options).run()
     summary = {
-        "kills": tally.kills, "runs": tally.runs, "lost_checkpoints": tally.lost_checkpoints,
+        "verb": options.verb, "kills": tally.kills, "runs": tally.runs.total(),
+        "runs_by_case": dict(tally.runs), "lost_checkpoints": tally.lost_checkpoints,
         "faults": tally.faults, "kills_in_unfinished_saves": tally.kills_in_unfinished_saves,
         "kills_by_moment": dict(sorted(tally.aimed.items())),
         "seconds": round(time.monotonic() - started, 1),
@@ -123,8 +118,6 @@ class Harness:
         self.folder, self.options = folder, options
         self.chance = random.Random(options.seed)
         self.tally = Tally()
-        self.model = options.model or make_model(folder / "base")
-        self.data = options.data or make_conversations(folder / "chat.jsonl")
         self.log = folder / "log"
         self.seconds: dict[str, list[float]] = {}
         """How long each moment took in children that were not killed in it."""
@@ -132,55 +125,72 @@ class Harness:
     def run(self) -> Tally:
         """Kill and compare until there were enough kills."""
         os.environ["FULLTUNE_CACHE"] = str(self.folder / "cache")
-        # The children start from a process that has imported and used everything.
-        finetune.run(self.settings(self.folder / "warm", stops_early=True))
-        references = []
-        for stops_early in (False, True):
-            self.live(self.settings(self.folder / f"unbroken-{stops_early}", stops_early), aim=None)
-            references.append(left_behind(self.folder / f"unbroken-{stops_early}"))
+        cases = self.make_cases()
+        references = {}
+        for case in cases:
+            # The children start from a process that has imported and used everything.
+            case.train(case.make_settings(self.folder / f"warm-{case.name}", True))
+            for stops_early in (False, True):
+                unbroken = self.folder / f"unbroken-{case.name}-{stops_early}"
+                self.live(case, case.make_settings(unbroken, stops_early), aim=None)
+                references[case.name, stops_early] = left_behind(unbroken)
+                took_the_best = (unbroken / "model-last").is_dir()
+                assert took_the_best == stops_early, f"{unbroken} does not end as it is meant to"
         while self.tally.kills < self.options.kills:
-            start = time.monotonic()
-            before = self.tally.kills
-            run_dir = self.folder / "run"
-            stops_early = self.tally.runs % 2 == 1
-            expected = references[stops_early]
-            self.torture(self.settings(run_dir, stops_early), num_steps=expected["step"])
-            found = left_behind(run_dir)
-            fault = "; ".join(
-                f"{name} differs" for name in expected if not same(expected[name], found[name])
-            )
-            self.tally.runs += 1
-            if fault:
-                self.tally.faults.append(f"run {self.tally.runs}: {fault}")
-                shutil.copytree(run_dir, Path(tempfile.mkdtemp(prefix="fulltune-kills-")) / "run")
-            shutil.rmtree(run_dir)
-            print(
-                f"run {self.tally.runs}: {self.tally.kills - before} kills, "
-                f"{time.monotonic() - start:.1f} s, {fault or 'as the undisturbed run'}",
-                file=sys.stderr,
-                flush=True,
-            )
+            round_number, number = divmod(self.tally.runs.total(), len(cases))
+            case = cases[number]
+            stops_early = (round_number + number) % 2 == 1
+            self.compare(case, stops_early, references[case.name, stops_early])
         return self.tally
 
-    def torture(self, config: finetune.Config, num_steps: int) -> None:
+    def make_cases(self) -> list[Case]:
+        """What is trained in turn."""
+        if self.options.verb == "pretrain":
+            return pre_training(self.folder, self.options.objectives or list(OBJECTIVES))
+        return [fine_tuning(self.folder, self.options.model, self.options.data)]
+
+    def compare(self, case: Case, stops_early: bool, expected: dict[str, Any]) -> None:
+        """Train one run through kills, and see that it left what is expected."""
+        start, before = time.monotonic(), self.tally.kills
+        run_dir = self.folder / "run"
+        self.torture(case, case.make_settings(run_dir, stops_early), num_steps=expected["step"])
+        found = left_behind(run_dir)
+        fault = "; ".join(
+            f"{name} differs" for name in expected if not same(expected[name], found[name])
+        )
+        self.tally.runs[case.name] += 1
+        number = self.tally.runs.total()
+        if fault:
+            self.tally.faults.append(f"run {number} ({case.name}): {fault}")
+            shutil.copytree(run_dir, Path(tempfile.mkdtemp(prefix="fulltune-kills-")) / "run")
+        shutil.rmtree(run_dir)
+        print(
+            f"run {number}, {case.name}: {self.tally.kills - before} kills, "
+            f"{time.monotonic() - start:.1f} s, {fault or 'as the undisturbed run'}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def torture(self, case: Case, config: finetune.Config, num_steps: int) -> None:
         """Train one run to its end through kills."""
         run_dir = Path(config.run_dir)
+        everything = (STARTING, *case.moments, SAVING_THE_BEST)
         saved = 0
         kills = min(self.options.kills_per_run, self.options.kills - self.tally.kills)
         for number in range(kills):
             if saved == num_steps:  # only the end is left to disturb
-                names = [name for name in NAMES if name not in REPEATED]
+                names = [name for name in everything if name not in REPEATED]
             else:  # not yet the end, or there would be nothing left to disturb
                 late = number >= kills / 2
                 passed = {"sampling"} if saved else {"restoring"}
-                names = [name for name in NAMES if late or name not in AT_THE_END | passed]
+                names = [name for name in everything if late or name not in AT_THE_END | passed]
             rarest = min(self.tally.aimed[name] for name in names)
             aim = self.chance.choice(
                 [name for name in names if self.tally.aimed[name] <= rarest + 1]
             )
-            if aim == "reading data":
+            if aim in CACHED:
                 shutil.rmtree(self.folder / "cache", ignore_errors=True)
-            if not self.live(config, aim=aim):
+            if not self.live(case, config, aim=aim):
                 return  # the moment did not come any more
             folder = run_dir / "checkpoints"
             self.tally.kills_in_unfinished_saves += any(folder.glob(".*.tmp"))
@@ -189,21 +199,21 @@ class Harness:
             newest = max((int(path.name[5:]) for path in whole), default=0)
             self.tally.lost_checkpoints += len(steps) - len(whole) + (newest < saved)
             saved = max(saved, newest)
-        self.live(config, aim=None)
+        self.live(case, config, aim=None)
 
-    def live(self, config: finetune.Config, *, aim: str | None) -> bool:
+    def live(self, case: Case, config: finetune.Config, *, aim: str | None) -> bool:
         """One life of a training process; whether it was killed."""
         reader, writer = os.pipe()
         child = os.fork()
         if not child:
             os.close(reader)
-            train(config, writer, self.log)
+            train(case, config, writer, self.log)
         os.close(writer)
         occurrence = self.chance.choice((1, 1, 1, 2)) if aim in REPEATED else 1
         deadline = float("inf")
-        if aim == "starting":
-            deadline = time.monotonic() + self.delay("starting")
-        open_moments: list[tuple[str, float]] = [("starting", time.monotonic())]
+        if aim == STARTING:
+            deadline = time.monotonic() + self.delay(STARTING)
+        open_moments: list[tuple[str, float]] = [(STARTING, time.monotonic())]
         while True:
             now = time.monotonic()
             ready, _, _ = select.select([reader], [], [], max(0.0, min(deadline - now, 300.0)))
@@ -215,8 +225,8 @@ class Harness:
                 break
             now = time.monotonic()
             for line in said.splitlines():
-                if len(open_moments) == 1 and open_moments[0][0] == "starting":
-                    self.seconds.setdefault("starting", []).append(now - open_moments[0][1])
+                if len(open_moments) == 1 and open_moments[0][0] == STARTING:
+                    self.seconds.setdefault(STARTING, []).append(now - open_moments[0][1])
                     open_moments.clear()
                 if line == ".":
                     name, since = open_moments.pop()
@@ -243,43 +253,17 @@ class Harness:
         usual = self.seconds.get(name, [0.01])[-20:]
         return self.chance.uniform(0, sorted(usual)[len(usual) // 2])
 
-    def settings(self, run_dir: Path, stops_early: bool) -> finetune.Config:
-        """A short run with dropout, evaluations, two epochs and a checkpoint after every step.
 
-        One that stops early takes the best weights, which are not the last, in the end.
-        """
-        return build_config(
-            finetune.Config,
-            {
-                "model": str(self.model),
-                "task": {"kind": "chat", "train": str(self.data), "validation": "4 examples"},
-                "duration": "8 steps",
-                "batch": "6 examples",
-                "dropout": 0.1,
-                "precision": "bf16",
-                "optimizer": {"lr": 0.3 if stops_early else 1e-3, "schedule": "constant"},
-                "evaluate": {
-                    "every": "2 steps",
-                    "num_samples": 1,
-                    "stop_after": 1 if stops_early else None,
-                },
-                "save_every": "1 steps",
-                "num_workers": 0,
-                "run_dir": str(run_dir),
-            },
-        )
-
-
-def train(config: finetune.Config, writer: int, log: Path) -> None:
+def train(case: Case, config: finetune.Config, writer: int, log: Path) -> None:
     """The life of a child: train, saying over the pipe where it stands."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    for name, (owner, attribute) in MOMENTS.items():
+    for name, (owner, attribute) in case.moments.items():
         setattr(owner, attribute, announced(getattr(owner, attribute), name, writer))
     code = 1
     try:
-        finetune.run(config, resume=True)
+        case.train(config, resume=True)
         code = 0
     except BaseException:  # whatever it is belongs into the log: this process ends here
         traceback.print_exc()
@@ -293,7 +277,7 @@ def announced(function: Callable[..., Any], name: str, writer: int) -> Callable[
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         best = name == "saving" and args[1].startswith("best-")
-        os.write(writer, f"{'saving the best' if best else name}\n".encode())
+        os.write(writer, f"{SAVING_THE_BEST if best else name}\n".encode())
         try:
             return function(*args, **kwargs)
         finally:
@@ -308,7 +292,7 @@ def left_behind(run_dir: Path) -> dict[str, Any]:
     assert checkpoint is not None, f"{run_dir} has no checkpoint"
     events = read_metrics(run_dir / "metrics.jsonl")
     manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
-    model = run_dir / "model"
+    model, samples = run_dir / "model", run_dir / "samples.jsonl"
     return {
         "damage of checkpoints": problems,
         "step": checkpoint.step,
@@ -333,7 +317,7 @@ def left_behind(run_dir: Path) -> dict[str, Any]:
             if event["event"] in ("sample", "weight_change")
         ],
         "logged ends": [event["step"] for event in events if event["event"] == "end"],
-        "samples": (run_dir / "samples.jsonl").read_text(encoding="utf-8"),
+        "samples": samples.read_text(encoding="utf-8") if samples.is_file() else None,
         "results": (manifest["finished"], manifest["results"], manifest["best_step"]),
         "data.json": (run_dir / "data.json").read_text(encoding="utf-8"),
         "end of the report": (run_dir / "report.html").read_text(encoding="utf-8")[-20:],
@@ -352,59 +336,6 @@ def same(expected: Any, found: Any) -> bool:
     if isinstance(expected, torch.Tensor):
         return expected.dtype == found.dtype and torch.equal(expected, found)
     return bool(expected == found)
-
-
-def make_conversations(path: Path) -> Path:
-    """Forty short conversations."""
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(40):
-            question = {"role": "user", "content": f"What is {number} and {number % 7}?"}
-            answer = {"role": "assistant", "content": f"It is {number + number % 7}, I think."}
-            file.write(json.dumps({"messages": [question, answer]}) + "\n")
-    return path
-
-
-def make_model(folder: Path) -> Path:
-    """A Llama of two layers with a tokenizer of bytes."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["What is it, I think?"], trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|pad|>",
-        extra_special_tokens=["<|im_start|>"],
-        chat_template=(
-            "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-            "{{ message['content'] }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-        ),
-        model_max_length=256,
-    )
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    transformers.utils.logging.disable_progress_bar()
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 if __name__ == "__main__":

@@ -1,3 +1,7 @@
+"""Every benchmark is run for real on something tiny; the commands shown for them are checked in
+`test_repository.py`, and `kills.py` is run in `recipes/test_kill.py`.
+"""
+
 from __future__ import annotations
 
 import json
@@ -26,15 +30,23 @@ def run_benchmark(
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["chat", "text"])
 def result(
-    tiny_llama: Path, chat_file: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_llama: Path,
+    chat_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """Two steps of fulltune and of Trainer on a tiny model, for real."""
     pytest.importorskip("accelerate", reason="needs fulltune[bench]")
     pytest.importorskip("datasets", reason="needs fulltune[bench]")
     folder = tmp_path_factory.mktemp("benchmark")
-    options = f"--model {tiny_llama} --data {chat_file} --peers fulltune hf-bf16 --seeds 0"
+    text_file = folder / "text.txt"
+    words = ("The", "quick", "brown", "fox", "sleeps", "on", "the", "river", "and", "the", "dog.")
+    text_file.write_text(" ".join(random.Random(0).choices(words, k=6000)), encoding="utf-8")
+    data = {"chat": chat_file, "text": text_file}[request.param]
+    options = f"--kind {request.param} --model {tiny_llama} --data {data}"
+    options += " --peers fulltune hf-bf16 --seeds 0 --max-length 200"
     sizes = "--steps 2 --skip 1 --batch 4 --held-out 4 --warmup 1 --lr 1e-3 --threads 1"
     ended = run_benchmark(*options.split(), *sizes.split(), "--json", "out.json", folder=folder)
     assert ended.returncode == 0, ended.stderr
@@ -121,3 +133,15 @@ def test_pretraining_is_compared_in_speed_and_memory(pretrained: dict[str, Any])
         assert theirs["speed_ratio"] == theirs["memory_ratio"] == 1
         assert math.isfinite(ours["speed_ratio"])
         assert ours["peak_bytes"] > ours["imports_bytes"] > 0
+
+
+def test_the_memory_of_a_corpus_is_measured_on_two_sizes(tmp_path: Path) -> None:
+    pytest.importorskip("datasketch", reason="needs fulltune[corpus]")
+    ended = run_benchmark("--megabytes", "1", "3", folder=tmp_path, script="corpus_memory")
+    assert ended.returncode == 0, ended.stderr
+    small, large, grown = map(json.loads, ended.stdout.splitlines())
+    assert 1 <= small["megabytes"] < 3 <= large["megabytes"]
+    assert 0 < small["documents"] < large["documents"]
+    assert 0 < large["removed"]["near duplicates"] < large["documents"]
+    assert small["parent_mib"] > 0
+    assert math.isfinite(grown["bytes_per_document"])

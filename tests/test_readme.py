@@ -1,7 +1,9 @@
-"""Every `fulltune` command of the README is run, in the order it stands there, on the real assets.
+"""Every `fulltune` command of the README and then of the pages in docs/ is run, in the order it
+stands there, on the real assets.
 
 Training is cut to two steps by further settings at the end of the command; nothing else is changed.
-`make` targets are what runs this test, and the benchmark has a test of its own.
+`make` targets are what runs this test, and the benchmarks and the script in docs/ have tests of
+their own.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ SHORT_TASK = {"configs/trec-minilm.yaml": SHORT[:3], "configs/smollm2-chat.yaml"
 SHORT_PRETRAINING = ["duration=2 steps", "batch=8 examples", "task.validation=2%"]
 
 
-def readme_commands() -> list[list[str]]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def shown_commands() -> list[list[str]]:
+    pages = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
     return [shlex.split(line) for line in lines if line.startswith("fulltune ")]
@@ -46,7 +49,7 @@ def shortened(command: list[str]) -> list[str]:
 
 @pytest.mark.network
 @pytest.mark.slow
-def test_every_command_of_the_readme_works_in_its_order(tmp_path: Path) -> None:
+def test_every_command_of_the_readme_and_the_docs_works_in_its_order(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     questions = [{"text": "Who wrote Hamlet?"}, {"text": "How far is the moon?"}]
     (tmp_path / "questions.jsonl").write_text(
@@ -55,7 +58,7 @@ def test_every_command_of_the_readme_works_in_its_order(tmp_path: Path) -> None:
     environment = {
         **os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default",
     }  # fmt: skip
-    commands = readme_commands()
+    commands = shown_commands()
     assert len(commands) >= 10
     for command in commands:
         done = subprocess.run(

@@ -23,6 +23,7 @@ from fulltune.recipes import chain, finetune, pretrain
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md")]
 DOCUMENTS += [ROOT / "AGENTS.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]
+DOCUMENTS += [ROOT / "benchmarks" / "README.md"]
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 SHELL = {"sh", "bash", "shell", "console"}
 
@@ -51,16 +52,20 @@ def shell_commands(path: Path) -> list[list[str]]:
     return commands
 
 
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
 def commands_of(program: str) -> list[tuple[str, list[str]]]:
     """(document, arguments) of every use of one program in a block, a sentence or a header."""
     found: list[tuple[str, list[str]]] = []
     for path in DOCUMENTS:
         for name, *words in shell_commands(path):
             if Path(name).name == program:
-                found.append((path.name, words))
+                found.append((name_of(path), words))
         prose = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
         for words in re.findall(rf"`{program} ([a-z][^`]*)`", prose):
-            found.append((path.name, shlex.split(words)))
+            found.append((name_of(path), shlex.split(words)))
     for path in CONFIGS:
         for line in path.read_text(encoding="utf-8").splitlines():
             if line.startswith(f"#   {program} "):
@@ -145,15 +150,28 @@ def test_every_make_command_names_a_target(words: list[str]) -> None:
         assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE)
 
 
+@functools.cache
+def options_of(script: str) -> list[str]:
+    result = subprocess.run(
+        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, f"`python {script} --help`: {result.stderr}"
+    return re.findall(r"(?<![\w-])--?[a-z][a-z-]*", result.stdout)
+
+
 @pytest.mark.parametrize("words", as_parameters(commands_of("python")))
-def test_every_python_command_names_a_file_or_module(words: list[str]) -> None:
-    if words[0] == "-m":
-        assert importlib.util.find_spec(words[1])
-    else:
-        assert (ROOT / words[0]).is_file()
+def test_every_python_command_names_a_module_or_a_file_with_its_options(words: list[str]) -> None:
+    program, *arguments = words
+    if program == "-m":
+        assert importlib.util.find_spec(arguments[0])
+        return
+    assert (ROOT / program).is_file()
+    for argument in arguments:
+        if argument.startswith("-"):
+            assert argument.partition("=")[0] in options_of(program)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_commands_and_files_named_in_the_text_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     named = re.findall(r"`(?:python )?((?:configs|benchmarks|docs|scripts)/[\w./-]*)`", text)

@@ -213,7 +213,7 @@ def open_start(config: Config) -> tuple[Base, PretrainingObjective]:
     return base, _with_loss_settings(objective, config)
 
 
-def _with_loss_settings(objective: Objective, config: Config) -> Objective:
+def _with_loss_settings(objective: PretrainingObjective, config: Config) -> PretrainingObjective:
     """Label smoothing and z-loss, which are of next-token prediction alone."""
     if isinstance(objective, CausalStream):
         model = replace(

@@ -181,7 +181,7 @@ def test_changing_a_document_changes_no_bit_of_the_others(make, changed):
 
     # Nor does a document's loss reach the inputs of another.
     states = []
-    handle = embeddings.register_forward_hook(lambda _m, _a, out: states.append(out) or None)
+    handle = embeddings.register_forward_hook(lambda _m, _a, out: states.append(out))
     outputs = run_packed(model, row)
     handle.remove()
     (grad,) = torch.autograd.grad(outputs[start:end].square().sum(), states[0])

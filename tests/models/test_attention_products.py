@@ -88,9 +88,12 @@ def test_the_masks_do_not_depend_on_what_else_is_computed_together(monkeypatch):
 def test_nothing_as_large_as_the_weights_is_kept():
     lengths = (256,)
     states = make_states(lengths, torch.float32, heads=(2, 2, 2), size=4)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
-    ):
+    kept: list[int] = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         attend(states, lengths, dropout=0.1)
     assert max(kept) < 256 * 256

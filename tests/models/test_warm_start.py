@@ -130,8 +130,8 @@ def test_without_the_two_biases_that_have_no_place_a_whole_layer_is_the_berts(
     _, model = start_of(tmp_path)
     without_positions(model)
     hidden_BLH = torch.randn(3, 7, HEADS * HEAD_SIZE)
-    for layer, own in enumerate(bert.bert.encoder.layer):
-        output, _ = run_layer(model.transformer.layer[layer], hidden_BLH)
+    for number, own in enumerate(bert.bert.encoder.layer):
+        output, _ = run_layer(model.transformer.layer[number], hidden_BLH)
         expected = own(hidden_BLH)
         expected = expected[0] if isinstance(expected, tuple) else expected
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)

@@ -259,6 +259,37 @@ def test_noise_depends_on_the_example_and_its_seed_alone() -> None:
     assert (alone["perm_mask"] != other["perm_mask"]).any()
 
 
+def test_the_loss_and_its_gradients_are_those_of_the_models_own_forward() -> None:
+    """XLNet's own loss, with labels, of one batch of windows of different lengths."""
+    objective = PermutationLM(TOKENIZER, 64)
+    batch = objective.collate(
+        [make_example(random_ids(count, count), seed=count) for count in (17, 30, 9, 30)]
+    )
+    model = make_model(initializer_range=0.2)
+    labels_BP = torch.full(batch["target_mapping"].shape[:2], -100)
+    labels_BP.view(-1)[batch["target_rows"]] = batch["target_ids"]
+    assert (labels_BP == -100).any()  # places of shorter windows that predict nothing
+    names = ("input_ids", "token_type_ids", "attention_mask", "target_mapping")
+    expected = model(
+        **{name: batch[name] for name in names},
+        perm_mask=batch["perm_mask"].float(),
+        labels=labels_BP,
+    ).loss
+    expected.backward()
+    gradients = {
+        name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None
+    }
+    model.zero_grad()
+    loss = objective.loss_sum(model, batch) / objective.num_targets(batch)
+    loss.backward()
+    # A mean of some fifteen float32 terms near 6, and sums of as many products as there are tokens.
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-6, atol=1e-6)
+    found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-6)
+
+
 @pytest.mark.parametrize("memory", [0, 6])
 def test_the_loss_is_that_of_the_model_on_each_example_alone(memory: int) -> None:
     """Padding, groups of like lengths and places without targets change nothing."""

@@ -292,10 +292,8 @@ def test_a_failed_check_is_said_and_has_exit_code_one(
     tmp_path: Path,
 ) -> None:
     # What no folder can say: its scores are scaled by twice what its config asks for.
-    load = recipe.load_body
-
     def load_tampered(folder: Path, *, attention: str) -> PreTrainedModel:
-        body = load(folder, attention=attention)
+        body = load_body(folder, attention=attention)
         body.h[0].attn.scaling *= 2
         return body
 

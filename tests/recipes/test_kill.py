@@ -30,15 +30,22 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("FULLTUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def test_killed_runs_resume_to_the_same_bits() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    ["--verb finetune", "--verb pretrain --objectives causal_lm"],
+    ids=["fine-tuning", "a stream of a corpus"],
+)
+def test_killed_runs_resume_to_the_same_bits(options: str) -> None:
+    numbers = "--kills 6 --kills-per-run 3 --seed 1"
     done = subprocess.run(
-        [sys.executable, str(KILLS), "--kills", "8", "--kills-per-run", "5", "--seed", "1"],
+        [sys.executable, str(KILLS), *options.split(), *numbers.split()],
         capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["kills"] == 8
+    assert summary["kills"] == 6
     assert summary["lost_checkpoints"] == 0
     assert summary["faults"] == []
 
