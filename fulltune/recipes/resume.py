@@ -28,6 +28,7 @@ def save(trainer: Trainer, step: int) -> None:
         "best": trainer.best.state(),
         "spike_losses": trainer.spikes.losses,
         "model_fingerprint": _fingerprint(trainer),
+        "frozen_hash": trainer.frozen_hash,
         "metrics": trainer.last_metrics,
         "details": trainer.last_details,
         "seconds": trainer.seconds(),
@@ -83,6 +84,13 @@ def restore(trainer: Trainer) -> int | None:
         raise CheckpointError(
             f"`{checkpoint.path}` is a checkpoint of another model: its parameters differ",
             hint="resume with the `model` and `scope` the run began with, or start a new run",
+        )
+    if state["frozen_hash"] != trainer.frozen_hash:
+        raise CheckpointError(
+            f"`{checkpoint.path}` was trained on top of other weights: those of "
+            f"`{trainer.config.model}` that `scope: {trainer.config.scope}` leaves as they are "
+            "have changed since",
+            hint="put the model back as it was, or start a new run",
         )
     trainer.masters.load(checkpoint.tensors("weights"))
     trainer.optimizer.load_state(checkpoint.tensors("optimizer"))

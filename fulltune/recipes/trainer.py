@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +134,19 @@ class Trainer:
         self.last_details: dict[str, Any] = {}
         self.seconds_before = 0.0
         self.flops = _flops_per_step(self.model, layers) if config.scope == "all" else None
+
+    @cached_property
+    def frozen_hash(self) -> str | None:
+        """Of the weights that are not trained, which no checkpoint holds; None if all are."""
+        named = self.model.named_parameters()
+        frozen = [(name, weight) for name, weight in named if not weight.requires_grad]
+        if not frozen:
+            return None
+        digest = hashlib.blake2b(digest_size=16)
+        for name, weight in frozen:
+            digest.update(name.encode())
+            digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     # -- before the first step ---------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fulltune.config import build_config, dump_config, load_config
@@ -205,6 +205,22 @@ def test_a_checkpoint_of_another_model_is_refused(
     shutil.copytree(tmp_path / "llama" / "checkpoints", tmp_path / "gpt2" / "checkpoints")
     with pytest.raises(CheckpointError, match="checkpoint of another model"):
         finetune.run(make_config(tmp_path / "gpt2", tiny_gpt2, chat_file), resume=True)
+
+
+def test_a_base_model_that_changed_under_its_frozen_layers_is_refused(
+    tmp_path: Path, tiny_llama: Path, chat_file: Path
+) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    config = make_config(tmp_path / "run", base, chat_file, scope="last 1 layer")
+    finetune.run(config)
+    (tmp_path / "run" / "manifest.json").unlink()
+    finetune.run(config, resume=True)
+    (tmp_path / "run" / "manifest.json").unlink()
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][0, 0] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="trained on top of other weights"):
+        finetune.run(config, resume=True)
 
 
 def test_early_stopping_keeps_the_best_model_and_the_last(
