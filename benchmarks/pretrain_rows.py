@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rows import IGNORED, count_targets, resolve, write_lines
+from rows import IGNORED, count_targets, plain_text, resolve, write_lines
 
 MASK_RATE = 0.15
 
@@ -35,7 +35,7 @@ def main(job: dict[str, Any]) -> None:
 
 def split(job: dict[str, Any]) -> None:
     """Distinct paragraphs in an order drawn once, some of them held out."""
-    text = resolve(job["data"]).read_text(encoding="utf-8")
+    text = plain_text(resolve(job["data"]))
     paragraphs = list(dict.fromkeys(part.strip() for part in re.split(r"\n\s*\n", text)))
     documents = [{"text": paragraph} for paragraph in paragraphs if paragraph]
     random.Random(0).shuffle(documents)

@@ -83,6 +83,14 @@ def resolve(name: str) -> Path:
     return Path(name).resolve()
 
 
+def plain_text(path: Path) -> str:
+    """The text of a file, or the texts of a JSONL file with empty lines between them."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".jsonl":
+        return text
+    return "\n\n\n".join(json.loads(line)["text"] for line in text.splitlines()) + "\n"
+
+
 def write_lines(path: Path, values: list[Record]) -> None:
     """One JSON object a line."""
     path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
@@ -170,7 +178,7 @@ def encode_chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def text_records(path: Path) -> Iterator[Record]:
     """A plain text cut into documents of ragged, log-normal length."""
-    words = path.read_text(encoding="utf-8").split(" ")
+    words = plain_text(path).split(" ")
     lengths = random.Random(0)
     start = 0
     while start < len(words):

@@ -33,6 +33,13 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "fulltune"
 
 
+def npm_registry() -> str | None:
+    """Address of the npm registry that the user has set, without a slash at its end."""
+    names = ("NPM_CONFIG_REGISTRY", "npm_config_registry")  # npm reads both
+    chosen = next(filter(None, map(os.environ.get, names)), None)
+    return chosen and chosen.rstrip("/")
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where this process runs, and which of the processes of the run it is."""

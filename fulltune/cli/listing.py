@@ -135,7 +135,7 @@ def _describe_assets(kind: str | None) -> list[dict[str, str]]:
         {
             "name": f"asset:{asset.name}", "kind": asset.kind, "summary": asset.summary,
             "licence": asset.licence, "source": asset.source,
-            "package": f"{asset.package}=={asset.version}",
+            "package": asset.package.pinned, "registry": asset.package.registry,
         }
         for asset in list_assets()
         if kind in (None, asset.kind)
@@ -149,7 +149,8 @@ def _print_assets(kind: str) -> None:
         [
             (
                 row["name"],
-                f"{row['summary']}\n{row['source']}; {row['licence']}; {row['package']}",
+                f"{row['summary']}\n{row['source']}; {row['licence']}; {row['package']}"
+                + (" of npm" if row["registry"] == "npm" else ""),
             )
             for row in _describe_assets(kind)
         ],
