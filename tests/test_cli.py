@@ -147,6 +147,22 @@ def test_lists_name_everything_there_is(say: Say) -> None:
     assert "asset:trec" not in output
 
 
+def test_models_say_which_objectives_each_can_be_pretrained_with(say: Say) -> None:
+    _, output, _ = say("models", "--json")
+    objectives = {
+        name: family["objectives"]
+        for family in json.loads(output)["families"]
+        for name in family["model_types"]
+    }
+    assert objectives["gpt2"] == ["causal_lm"]
+    assert objectives["bert"] == ["masked_lm", "sentence_pairs"]
+    assert objectives["roberta"] == ["masked_lm"]  # it has no head for pairs
+    assert objectives["xlnet"] == ["permutation_lm"]
+    assert objectives["t5"] == ["span_corruption"]
+    _, output, _ = say("models", columns=200)
+    assert "masked_lm, sentence_pairs" in output
+
+
 @pytest.mark.parametrize("verb", ["settings", "tasks", "models", "assets"])
 def test_lists_parse_as_json(say: Say, verb: str) -> None:
     code, output, errors = say(verb, "--json")

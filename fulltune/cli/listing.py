@@ -68,17 +68,22 @@ def models(as_json: Json = False) -> None:
     """List the families of models, and the models that can be fetched by name."""
     from fulltune.models.families import FAMILIES
     from fulltune.models.presets import PRESETS
+    from fulltune.recipes.pretrain import objectives_of
 
-    families: dict[tuple[str, bool], list[str]] = {}
+    families: dict[tuple[str, str, bool], list[str]] = {}
     for name, family in FAMILIES.items():
         tasks = "chat, text, classification" if family.can_generate else "classification"
-        families.setdefault((tasks, family.can_pack), []).append(name)
+        objectives = ", ".join(objectives_of(family))
+        families.setdefault((tasks, objectives, family.can_pack), []).append(name)
     if as_json:
         print_json(
             {
                 "families": [
-                    {"tasks": tasks.split(", "), "packs": packs, "model_types": names}
-                    for (tasks, packs), names in families.items()
+                    {
+                        "tasks": tasks.split(", "), "objectives": objectives.split(", "),
+                        "packs": packs, "model_types": names,
+                    }
+                    for (tasks, objectives, packs), names in families.items()
                 ],
                 "models": _describe_assets("model"),
                 "sizes": {
@@ -86,16 +91,17 @@ def models(as_json: Json = False) -> None:
                     for name, preset in PRESETS.items()
                 },
             }
-        )
+        )  # fmt: skip
         return
+    others = ("chat, text, classification", "causal_lm", "no")
     print_table(
         "Families",
-        ("tasks", "packs", "model types of transformers"),
+        ("tasks of `finetune`", "objectives of `pretrain`", "packs", "model types of transformers"),
         [
-            (tasks, "yes" if packs else "no", ", ".join(names))
-            for (tasks, packs), names in sorted(families.items())
+            (tasks, objectives, "yes" if packs else "no", ", ".join(names))
+            for (tasks, objectives, packs), names in sorted(families.items())
         ]
-        + [("chat, text, classification", "no", "every other decoder with a language model head")],
+        + [(*others, "every other decoder with a language model head")],
     )
     typer.echo()
     _print_table_of_sizes()

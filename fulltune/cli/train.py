@@ -38,12 +38,10 @@ def preview(
     as_json: Json = False,
 ) -> None:
     """Show what a run would train on: coloured tokens, counts, leaks between splits."""
-    from fulltune.config import load_config
-    from fulltune.recipes import finetune as recipe
-    from fulltune.recipes import preview as preview_recipe
+    from fulltune.recipes import preview as recipe
 
-    config = load_config(recipe.Config, file, overrides or [])
-    if not preview_recipe.run(config, num_samples=samples, html=html, as_json=as_json):
+    config = recipe.read_config(file, overrides or [])
+    if not recipe.run(config, num_samples=samples, html=html, as_json=as_json):
         raise typer.Exit(2)
 
 

@@ -166,6 +166,22 @@ class OverlapFacts(_Facts):
     rows: tuple[str, ...]
 
 
+class ArrangedFacts(_Facts):
+    """The examples that pre-training made of a split's documents."""
+
+    name: str
+    num_examples: int
+    num_tokens: int
+    """Before noise, special tokens included."""
+    longest: int
+    num_counted: int
+    """Examples whose noise was drawn to count what is predicted."""
+    num_predicted: int
+    """Predicted tokens of these."""
+    predicted_share: float
+    """In all tokens of these."""
+
+
 class PreviewFacts(_Facts):
     """What is trained on, as counted."""
 
@@ -174,6 +190,8 @@ class PreviewFacts(_Facts):
     overlaps: tuple[OverlapFacts, ...]
     padding: PaddingFacts | None = None
     """None for a model that packs its examples, which needs none."""
+    arranged: tuple[ArrangedFacts, ...] = ()
+    """Pre-training: what the documents, which `splits` counts, became."""
 
 
 class Finding(_Facts):

@@ -17,10 +17,11 @@ from rich.text import Text
 
 from fulltune.data.preview import TRAIN, Finding, PreviewFacts, SplitFacts
 
-TokenState: TypeAlias = Literal["trained", "context", "truncated", "padding"]
+TokenState: TypeAlias = Literal["trained", "replaced", "context", "truncated", "padding"]
 
 MEANINGS: dict[TokenState, str] = {
     "trained": "trained",
+    "replaced": "read in place of what follows it",
     "context": "read, not trained",
     "truncated": "removed by truncation",
     "padding": "padding",
@@ -65,6 +66,24 @@ def view_tokens(
         targets: 1 where the token is trained, as long as `input_ids`.
         num_kept: how many tokens truncation keeps; the rest is shown as removed.
     """
+    states: list[TokenState] = [
+        "truncated" if place >= num_kept else "trained" if target else "context"
+        for place, target in enumerate(targets)
+    ]
+    return view_states(decode, input_ids, states)
+
+
+def view_states(
+    decode: Callable[[list[int]], str], input_ids: Sequence[int], states: Sequence[TokenState]
+) -> list[TokenView]:
+    """Tokens of given states as text, those that are parts of one UTF-8 character joined.
+
+    Args:
+        decode: as in `view_tokens`.
+        input_ids: tokens in the order in which they are shown.
+        states: one for each. Of the parts of a character, one that is trained decides, else the
+            first.
+    """
     ids = [int(token) for token in input_ids]
     views: list[TokenView] = []
     before: list[int] = []
@@ -72,9 +91,9 @@ def view_tokens(
     while start < len(ids):
         stop = _end_of_character(decode, ids, before, start)
         piece = ids[start:stop]
-        state: TokenState = "trained" if any(targets[start:stop]) else "context"
-        if start >= num_kept:
-            state = "truncated"
+        state = states[start]
+        if state == "context" and "trained" in states[start:stop]:
+            state = "trained"
         views.append(TokenView(_text_after(decode, before, piece), state))
         before, start = piece, stop
     return views
@@ -148,15 +167,21 @@ def rows_of(facts: PreviewFacts) -> list[tuple[str, list[str]]]:
     splits = facts.splits
     by_label = facts.supervision == "labels"
     rows = [
-        ("examples", [f"{split.num_examples:,}" for split in splits]),
-        ("tokens", [f"{split.num_tokens:,}" for split in splits]),
         (
-            "with a label" if by_label else "trained tokens",
-            [f"{split.num_targets:,} ({split.target_share:.1%})" for split in splits],
+            "documents" if facts.arranged else "examples",
+            [f"{split.num_examples:,}" for split in splits],
         ),
-        ("nothing to learn", [_count(split.num_without_target) for split in splits]),
-        ("truncated", [_count(split.num_truncated) for split in splits]),
+        ("tokens", [f"{split.num_tokens:,}" for split in splits]),
     ]
+    if not facts.arranged:
+        rows += [
+            (
+                "with a label" if by_label else "trained tokens",
+                [f"{split.num_targets:,} ({split.target_share:.1%})" for split in splits],
+            ),
+            ("nothing to learn", [_count(split.num_without_target) for split in splits]),
+            ("truncated", [_count(split.num_truncated) for split in splits]),
+        ]
     if any(split.num_truncated for split in splits):
         rows.append(("  tokens removed", [_count(split.num_removed_tokens) for split in splits]))
     if any(split.num_removed_targets for split in splits):
@@ -189,6 +214,23 @@ def rows_of(facts: PreviewFacts) -> list[tuple[str, list[str]]]:
         cells = [_count(shared[split.name]) if split.name in shared else "" for split in splits]
         rows.append((f"also in {other}", cells))
     return rows
+
+
+def arranged_rows_of(facts: PreviewFacts) -> list[tuple[str, list[str]]]:
+    """What pre-training makes of the documents, one value for each split."""
+    splits = facts.arranged
+    return [
+        ("examples", [f"{split.num_examples:,}" for split in splits]),
+        ("tokens", [f"{split.num_tokens:,}" for split in splits]),
+        ("longest", [f"{split.longest:,}" for split in splits]),
+        (
+            "predicted tokens",
+            [
+                f"{split.predicted_share:.1%} (of {split.num_counted:,} examples)"
+                for split in splits
+            ],
+        ),
+    ]
 
 
 def label_rows_of(facts: PreviewFacts) -> tuple[list[tuple[str, list[str]]], int]:
@@ -227,12 +269,14 @@ def _share_of(number: int, total: int) -> str:
 
 _STYLES: dict[TokenState, str] = {
     "trained": "green underline",
+    "replaced": "magenta",
     "context": "dim",
     "truncated": "red strike",
     "padding": "dim italic",
 }
 _MARKS: dict[TokenState, tuple[str, str]] = {
     "trained": ("⟦", "⟧"),
+    "replaced": ("", ""),
     "context": ("", ""),
     "truncated": ("~~", "~~"),
     "padding": ("", ""),
@@ -249,10 +293,14 @@ def render_terminal(
 ) -> None:
     """Print the preview. Without colours, brackets stand for them."""
     marked = console.no_color or not console.is_terminal
-    console.print(_table("", facts, rows_of(facts)))
+    names = [split.name for split in facts.splits]
+    console.print(_table("", names, rows_of(facts)))
+    if facts.arranged:
+        arranged = [split.name for split in facts.arranged]
+        console.print(_table("for the model", arranged, arranged_rows_of(facts)))
     label_rows, num_more = label_rows_of(facts)
     if label_rows:
-        console.print(_table("label", facts, label_rows))
+        console.print(_table("label", names, label_rows))
     if num_more:
         console.print(Text(f"and {num_more:,} more labels", style="dim"))
     for finding in findings:
@@ -272,11 +320,11 @@ def render_terminal(
         console.print(Panel(body, title=title, title_align="left", border_style="dim"))
 
 
-def _table(first: str, facts: PreviewFacts, rows: list[tuple[str, list[str]]]) -> Table:
+def _table(first: str, names: Sequence[str], rows: list[tuple[str, list[str]]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column(first, style="bold")
-    for split in facts.splits:
-        table.add_column(Text(visible(split.name)), justify="right")
+    for name in names:
+        table.add_column(Text(visible(name)), justify="right")
     for name, values in rows:
         table.add_row(
             Text(name), *(Text(value, style="dim" if value == "none" else "") for value in values)
@@ -355,6 +403,7 @@ def render_html(
         facts=facts,
         findings=findings,
         rows=rows_of(facts),
+        arranged_rows=arranged_rows_of(facts),
         label_rows=label_rows,
         num_more_labels=num_more_labels,
         histograms=[(split, length_columns(split)) for split in facts.splits if split.lengths],

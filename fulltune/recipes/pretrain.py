@@ -103,6 +103,8 @@ class Kind:
     build: Callable[[Base, Family, ObjectiveConfig, int], PretrainingObjective]
     settings: tuple[str, ...]
     """Settings of `ObjectiveConfig` that have an effect."""
+    needs: str | None = None
+    """The field of `Family` that a model without the head has empty."""
     metrics: tuple[str, ...] = ("masked_accuracy",)
 
 
@@ -139,12 +141,13 @@ def _permutation_lm(
 
 OBJECTIVES: dict[str, Kind] = {
     "causal_lm": Kind("causal_lm", ("gpt",), _causal_lm, ("stream", "fim_rate"), metrics=()),
-    "masked_lm": Kind("masked_lm", ("bert",), _masked_lm, ("masking",)),
+    "masked_lm": Kind("masked_lm", ("bert",), _masked_lm, ("masking",), needs="predict_masked"),
     "sentence_pairs": Kind(
         "sentence_order",
         ("bert",),
         _sentence_order,
         ("masking", "pairs"),
+        needs="relate_sentences",
         metrics=("masked_accuracy", "sentence_accuracy"),
     ),
     "permutation_lm": Kind("permutation_lm", ("xlnet",), _permutation_lm, ("permutation",)),
@@ -158,6 +161,19 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
     Raises:
         FulltuneError: of the kind that says what is wrong; nothing of another run is touched.
     """
+    check_settings(config)
+    metrics = {name for kind in OBJECTIVES.values() for name in kind.metrics}
+    start = finetune.Start(open_start, prepare, tuple(sorted(metrics)))
+    return finetune.run(config, resume=resume, display=display, start=start)
+
+
+def check_settings(config: Config) -> None:
+    """What is wrong without a look at the model or into the data, as it is quick to find.
+
+    Raises:
+        ConfigError: the task is not of documents, or a setting has no effect.
+        DataError: a source is not there.
+    """
     if config.task.kind != "text":
         raise ConfigError(
             f"`task.kind` is `{config.task.kind}`, and pre-training reads documents",
@@ -169,13 +185,12 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
             hint="set `objective.length` instead",
         )
     check_task(config.task)
-    metrics = {name for kind in OBJECTIVES.values() for name in kind.metrics}
-    start = finetune.Start(open_start, prepare, tuple(sorted(metrics)))
-    return finetune.run(config, resume=resume, display=display, start=start)
 
 
-def open_start(config: Config) -> tuple[Base, PretrainingObjective]:
+def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, PretrainingObjective]:
     """The model to start from, made where it is new, and what it learns.
+
+    Without weights the path of a new model is that of its tokenizer.
 
     Raises:
         ConfigError: the family cannot do the objective, or a setting has no effect with it.
@@ -197,10 +212,12 @@ def open_start(config: Config) -> tuple[Base, PretrainingObjective]:
                 f"`model: {config.model}` is new and has no tokenizer",
                 hint="train one by `fulltune tokenizer train`, and name its folder as `tokenizer`",
             )
-        tokenizer = load_tokenizer(tokenizer_folder(config.tokenizer))
+        path = tokenizer_folder(config.tokenizer)
+        tokenizer = load_tokenizer(path)
         new = make_config(config.model, tokenizer, config.architecture)
         kind = _kind_for(chosen, family_of(new), new.model_type)
-        path = make_model(new, tokenizer, head=kind.head, seed=config.seed)
+        if with_weights:
+            path = make_model(new, tokenizer, head=kind.head, seed=config.seed)
         base = Base(path, new, tokenizer)
     context = context_length(base.config)
     length = chosen.length or min(context, DEFAULT_LENGTH)
@@ -231,8 +248,17 @@ def _with_loss_settings(objective: PretrainingObjective, config: Config) -> Pret
     return objective
 
 
+def objectives_of(family: Family) -> dict[str, Kind]:
+    """The objectives that models of a family can do, its own first."""
+    return {
+        name: kind
+        for name, kind in OBJECTIVES.items()
+        if family.name in kind.families and (kind.needs is None or getattr(family, kind.needs))
+    }
+
+
 def _kind_for(chosen: ObjectiveConfig, family: Family, model_type: str) -> Kind:
-    possible = {name: kind for name, kind in OBJECTIVES.items() if family.name in kind.families}
+    possible = objectives_of(family)
     name: str = chosen.name or next(iter(possible))
     if name not in possible:
         raise ConfigError(

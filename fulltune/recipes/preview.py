@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from fulltune.config import load_config, read_yaml
 from fulltune.data.joined import JoinedDataset
 from fulltune.data.loader import Loader
 from fulltune.data.padding import measure_padding
@@ -22,9 +23,12 @@ from fulltune.data.preview_view import (
 )
 from fulltune.errors import ConfigError
 from fulltune.memory.plan import MICRO_BATCH_TOKENS
+from fulltune.models.presets import is_new_model
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification
+from fulltune.recipes import pretrain
 from fulltune.recipes.finetune import Config
+from fulltune.recipes.noise_view import count_examples, make_noisy_samples
 from fulltune.recipes.prepare import (
     UNLIMITED,
     Prepared,
@@ -34,7 +38,7 @@ from fulltune.recipes.prepare import (
     prepare,
 )
 from fulltune.runtime import choose_device
-from fulltune.tracking import make_display
+from fulltune.tracking import Display, make_display
 from fulltune.train.run_folder import write_atomically, writing
 
 MAX_SHOWN_REMOVED = 2000
@@ -69,20 +73,15 @@ def run(
             hint="make the folder, or give another file",
         )
     with make_display(title="preview") as display:
-        base = open_base(config.model, config.task)
-        objective = make_objective(base, config.task)
-        display.stage("reading and tokenizing the data")
-        prepared = prepare(
-            objective,
-            config.task,
-            seed=config.seed,
-            num_workers=config.num_workers,
-            progress=lambda done: display.progress("records tokenized", done, None),
-        )
+        prepared = _prepare(config, display)
         for note in prepared.notes:
             display.stage(note)
         facts, widths = prepared.facts, dict[int, int]()
-        if not prepared.objective.packing and len(prepared.train):
+        by_tokens = isinstance(prepared.objective, CausalLM | Classification)
+        if not by_tokens:
+            arranged = count_examples(prepared, config.seed)
+            facts = facts.model_copy(update={"arranged": arranged})
+        elif not prepared.objective.packing and len(prepared.train):
             padding, widths = measure_padding(
                 make_loader(prepared, config), prepared.dataset.lengths
             )
@@ -91,7 +90,11 @@ def run(
                 f"padding counted in forward passes of {padding.micro_batch_tokens:,} tokens, "
                 "which a run with less memory makes smaller"
             )
-        samples = make_samples(prepared, config, num_samples, widths=widths)
+        samples = (
+            make_samples(prepared, config, num_samples, widths=widths)
+            if by_tokens
+            else make_noisy_samples(prepared, num_samples, config.seed)
+        )
     if as_json:
         sys.stdout.write(to_json(facts, prepared.findings) + "\n")
     else:
@@ -102,6 +105,36 @@ def run(
             write_atomically(html, render_html(facts, prepared.findings, samples, title=title))
         display.notice(f"written to {html}")
     return all(finding.level != "error" for finding in prepared.findings)
+
+
+def read_config(path: Path, overrides: Sequence[str]) -> Config:
+    """The settings of a run, of pre-training where they name what only that has.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    values = read_yaml(path)
+    names = {*values, *(key.partition("=")[0].split(".")[0].strip() for key in overrides)}
+    only_pretraining = pretrain.Config.model_fields.keys() - Config.model_fields.keys()
+    is_new = is_new_model(str(values.get("model", "")))
+    kind = pretrain.Config if is_new or not names.isdisjoint(only_pretraining) else Config
+    return load_config(kind, path, overrides)
+
+
+def _prepare(config: Config, display: Display) -> Prepared:
+    def progress(done: int) -> None:
+        display.progress("records tokenized", done, None)
+
+    if isinstance(config, pretrain.Config):
+        pretrain.check_settings(config)
+        _, objective = pretrain.open_start(config, with_weights=False)
+        display.stage("reading and tokenizing the data")
+        return pretrain.prepare(config, objective, progress)
+    windows = make_objective(open_base(config.model, config.task), config.task)
+    display.stage("reading and tokenizing the data")
+    return prepare(
+        windows, config.task, seed=config.seed, num_workers=config.num_workers, progress=progress
+    )
 
 
 def make_loader(prepared: Prepared, config: Config) -> Loader:
