@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import yaml
 
 from fulltune.cli import main
 from fulltune.config import build_config, dump_config, load_config
+from fulltune.data.records import read_records
 from fulltune.recipes import finetune
 
 Refuse = Callable[..., str]
@@ -689,6 +691,181 @@ def test_report_needs_a_run(refuse: Refuse, workplace: Path, finished_run: Path)
     assert "`lost`" in refuse("report", "lost")
     (workplace / "file").write_text("precious")
     assert "cannot be written" in refuse("report", finished_run, "--output", "file/page.html")
+
+
+# -- pre-training ----------------------------------------------------------------------------------
+
+DOCUMENTS = "".join(
+    json.dumps({"text": f"The river runs past mill {day}. It rains. Two boats lie there."}) + "\n"
+    for day in range(40)
+)
+SMALL_SIZES = {
+    "gpt2-tiny": {"n_embd": 32, "n_positions": 128},
+    "bert-tiny": {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48},
+    "xlnet-tiny": {"d_model": 32, "n_head": 4, "d_inner": 48},
+    "t5-tiny": {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4},
+}
+
+
+@pytest.fixture
+def corpus(workplace: Path) -> Path:
+    (workplace / "corpus.jsonl").write_text(DOCUMENTS, encoding="utf-8")
+    return workplace / "corpus.jsonl"
+
+
+@pytest.fixture
+def new_model(workplace: Path, tiny_bert: Path) -> Callable[..., Path]:
+    """Settings to pre-train a new model, its tokenizer that of the tests' BERT if not said."""
+
+    def write(size: str, data: Path | str, **changes: Any) -> Path:
+        values: dict[str, Any] = {
+            "tokenizer": str(tiny_bert), "architecture": SMALL_SIZES[size],
+            "objective": {"length": 32}, **changes,
+        }  # fmt: skip
+        return write_settings(workplace, Path(size), data, "text", **values)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.jsonl", b"", "`train.jsonl` is empty"),
+        ("train.txt", b"\n \n\n", "`train.txt` is empty"),
+        ("train.jsonl", b'{"text": ""}\n' * 30, "train.jsonl"),
+        ("train.jsonl", b'{"text": " \\n"}\n' * 30, "train.jsonl"),
+        ("train.txt", bytes(range(256)) * 20, "train.txt:2: not UTF-8"),
+        ("train.txt", "天很好\n".encode() + "天很好\n".encode("gbk"), "train.txt:2: not UTF-8"),
+        (
+            "train.jsonl",
+            DOCUMENTS.encode() + '{"text": "caf\u00e9"}\n'.encode("latin-1"),
+            "train.jsonl:41: not UTF-8",
+        ),
+        ("train.jsonl", DOCUMENTS.encode("utf-16"), "train.jsonl:1: not UTF-8"),
+    ],
+)
+def test_text_that_cannot_be_pretrained_on_is_named(
+    refuse: Refuse, workplace: Path, new_model: Callable[..., Path], name: str, content: bytes,
+    message: str,
+) -> None:  # fmt: skip
+    (workplace / name).write_bytes(content)
+    settings = new_model("bert-tiny", name)
+    assert message in refuse("pretrain", settings)
+    assert message in refuse("preview", settings)
+    said = refuse("tokenizer", "train", name, "--family", "bert", "--output", "words")
+    assert name in said
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv", "train.tsv"])
+def test_a_huge_line_is_refused_and_never_held(
+    refuse: Refuse, workplace: Path, new_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch, name: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("fulltune.data.files.LONGEST_LINE", 2**16)
+    head = b"text\tid\n" if name.endswith("tsv") else b"text,id\n" * name.endswith("csv")
+    (workplace / name).write_bytes(head + b'{"text": "' + b"word " * 2**21)  # 10 MiB and no end
+    settings = new_model("bert-tiny", name)
+    tracemalloc.start()
+    said = refuse("pretrain", settings)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert f"{name}:{1 + bool(head)}: a line of more than 65,536" in said
+    assert ".txt" in said.partition("hint: ")[2]
+    # The content of the folder, which the test compares before and after, is held twice.
+    assert peak < 2 * 10 * 2**20 + 8 * 2**20
+
+
+def test_a_huge_line_of_plain_text_is_read_in_parts(
+    workplace: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fulltune.data.plain_text.TEXT_DOCUMENT_CHARACTERS", 2**12)
+    (workplace / "train.txt").write_text("river mill " * 2**14, encoding="utf-8")
+    lengths = [len(record.fields["text"]) for record in read_records("train.txt")]
+    assert sum(lengths) == 11 * 2**14
+    assert max(lengths) <= 2**13
+
+
+def test_a_vocabulary_larger_than_the_data_supports_says_how_many_there_are(
+    refuse: Refuse, corpus: Path
+) -> None:
+    for family, algorithm in (("gpt", "bpe"), ("bert", "wordpiece"), ("t5", "unigram")):
+        said = refuse(
+            "tokenizer", "train", corpus, "--family", family, "--algorithm", algorithm,
+            "--vocab-size", 30_000, "--output", "words",
+        )  # fmt: skip
+        assert "is larger than the data supports" in said
+        assert "--vocab-size" in said.partition("hint: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("bert-tiny", "has no `mask_token`"),
+        ("xlnet-tiny", "has no separator (`<sep>`) token"),
+        ("t5-tiny", "has 0 sentinels"),
+    ],
+)
+def test_a_tokenizer_of_another_family_names_the_token_it_lacks(
+    refuse: Refuse, corpus: Path, new_model: Callable[..., Path], tiny_llama: Path, size: str,
+    message: str,
+) -> None:  # fmt: skip
+    said = refuse("pretrain", new_model(size, corpus, tokenizer=str(tiny_llama)))
+    assert message in said
+
+
+def test_the_middle_cannot_be_moved_without_its_sentinels(
+    refuse: Refuse, corpus: Path, new_model: Callable[..., Path], tiny_llama: Path
+) -> None:
+    objective = {"length": 32, "stream": True, "fim_rate": 0.5}
+    settings = new_model("gpt2-tiny", corpus, tokenizer=str(tiny_llama), objective=objective)
+    assert "<fim_prefix>" in refuse("pretrain", settings)
+
+
+def test_documents_of_one_sentence_make_no_pairs(
+    refuse: Refuse, workplace: Path, new_model: Callable[..., Path]
+) -> None:
+    rows = "".join(f'{{"text": "Mill {day} stands by the river"}}\n' for day in range(40))
+    (workplace / "train.jsonl").write_text(rows, encoding="utf-8")
+    objective = {"name": "sentence_pairs", "length": 32}
+    said = refuse("pretrain", new_model("bert-tiny", "train.jsonl", objective=objective))
+    assert "has two sentences to make a pair of" in said
+    assert "without pairs" in said.partition("hint: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("size", "objective", "possible"),
+    [
+        ("gpt2-tiny", "masked_lm", "`causal_lm`"),
+        ("bert-tiny", "causal_lm", "`masked_lm`, `sentence_pairs`"),
+        ("xlnet-tiny", "span_corruption", "`permutation_lm`"),
+        ("t5-tiny", "permutation_lm", "`span_corruption`"),
+    ],
+)
+def test_an_objective_that_a_family_cannot_do_names_those_it_can(
+    refuse: Refuse, corpus: Path, new_model: Callable[..., Path], size: str, objective: str,
+    possible: str,
+) -> None:  # fmt: skip
+    settings = new_model(size, corpus, objective={"name": objective, "length": 32})
+    said = refuse("pretrain", settings)
+    assert f"model cannot do `objective.name: {objective}`" in said
+    assert f"it can do {possible}" in said.partition("hint: ")[2]
+
+
+def test_pairs_are_refused_for_a_model_without_a_head_for_them(
+    refuse: Refuse, workplace: Path, corpus: Path, tiny_bert: Path
+) -> None:
+    from transformers import RobertaConfig
+
+    RobertaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4).save_pretrained(
+        workplace
+    )
+    settings = write_settings(
+        workplace, workplace / "config.json", corpus, "text", tokenizer=str(tiny_bert),
+        objective={"name": "sentence_pairs", "length": 32},
+    )  # fmt: skip
+    said = refuse("pretrain", settings)
+    assert "a `roberta` model cannot do `objective.name: sentence_pairs`" in said
+    assert "`masked_lm`" in said.partition("hint: ")[2]
 
 
 # -- in a process of its own -----------------------------------------------------------------------

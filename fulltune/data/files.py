@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, AnyStr, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -23,6 +23,11 @@ from fulltune.errors import DataError
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _READ_BYTES = 2**20
 _BATCH_ROWS = 1024
+
+LONGEST_LINE = 2**26
+"""Most bytes, or characters, of one row of a file that is read line by line. Ten times all of
+Shakespeare: a longer one is a whole corpus without line ends, or no text at all."""
+LONG_LINE_HINT = "write one document a row, or save the text as .txt, which is read in parts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ class TextReading:
     boundary: str = "file"
     """What ends a document: `file`, `blank_line`, `line`, or the text of a line between them."""
     longest: int | None = None
-    """Longest document in characters; null leaves lines and documents as long as they are."""
+    """Longest document in characters; null has no limit but `LONGEST_LINE`."""
 
 
 WHOLE_FILES = TextReading()
@@ -137,9 +142,18 @@ def unreadable(name: str, error: Exception, *, compressed: str | None = None) ->
     )
 
 
+def row_lines(stream: IO[AnyStr], name: str) -> Iterator[AnyStr]:
+    """The lines of a file of rows.
+
+    Raises:
+        DataError: one is longer than `LONGEST_LINE`; it is not held.
+    """
+    return bounded_lines(stream, LONGEST_LINE, name, hint=LONG_LINE_HINT)
+
+
 def _read_jsonl(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open() as stream:
-        yield from parse_json_lines(stream, file.name)
+        yield from parse_json_lines(row_lines(stream, file.name), file.name)
 
 
 def _read_json(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -150,7 +164,7 @@ def _read_json(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
 def _read_csv(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)  # a document is often longer than the default of 128 KiB
     with file.open_text(newline="") as stream:
-        reader = csv.reader(stream, strict=True)
+        reader = csv.reader(row_lines(stream, file.name), strict=True)
         yield from _rows_by_header(file.name, _csv_rows(file.name, reader))
 
 
@@ -173,7 +187,8 @@ def _csv_rows(name: str, reader: Any) -> Iterator[tuple[int, list[str]]]:
 def _read_tsv(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
     """Tab-separated values know no quotes (IANA text/tab-separated-values): `"` is a character."""
     with file.open_text() as stream:
-        lines = ((number, line.rstrip("\n")) for number, line in enumerate(stream, start=1))
+        numbered = enumerate(row_lines(stream, file.name), start=1)
+        lines = ((number, line.rstrip("\n")) for number, line in numbered)
         rows = ((number, line.split("\t")) for number, line in lines if line)
         yield from _rows_by_header(file.name, rows)
 

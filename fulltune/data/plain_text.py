@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, AnyStr
 
 from fulltune.errors import DataError
 
@@ -85,17 +85,24 @@ def _ends_document(line: str, boundary: str) -> bool:
     return line.rstrip("\n") == boundary
 
 
-def bounded_lines(stream: BinaryIO, most_bytes: int, name: str) -> Iterator[bytes]:
-    """The lines of a file, none of which is held if it is longer than ``most_bytes``.
+def bounded_lines(
+    stream: IO[AnyStr], most: int, name: str, *, hint: str = LIMIT_HINT
+) -> Iterator[AnyStr]:
+    """The lines of a file, none of which is held if it is longer than ``most``.
+
+    Args:
+        stream: bytes, or text.
+        most: bytes or characters of a line, its end included.
+        name: the file, for messages.
+        hint: what to do about a longer line.
 
     Raises:
         DataError: a line is longer.
     """
     number = 0
-    while line := stream.readline(most_bytes + 1):
+    while line := stream.readline(most + 1):
         number += 1
-        if len(line) > most_bytes:
-            raise DataError(
-                f"{name}:{number}: a line of more than {most_bytes:,} bytes", hint=LIMIT_HINT
-            )
+        if len(line) > most:
+            unit = "bytes" if isinstance(line, bytes) else "characters"
+            raise DataError(f"{name}:{number}: a line of more than {most:,} {unit}", hint=hint)
         yield line

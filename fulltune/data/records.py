@@ -26,6 +26,7 @@ from fulltune.data.files import (
     listed,
     read_file,
     recognise_file,
+    row_lines,
     unreadable,
 )
 from fulltune.data.json_rows import parse_json_lines
@@ -116,7 +117,7 @@ def _hash_file(path: Path) -> str:
 def _read_source(source: str, reading: TextReading) -> Iterator[Record]:
     if source == STANDARD_INPUT:
         rows: Iterable[tuple[int, dict[str, Any]]] = parse_json_lines(
-            sys.stdin.buffer, "standard input"
+            row_lines(sys.stdin.buffer, "standard input"), "standard input"
         )
         yield from _named_rows("standard input", rows)
     elif _is_datasets_source(source):
