@@ -44,7 +44,7 @@ def shortened(command: list[str]) -> list[str]:
     if command[1] not in ("finetune", "preview"):
         return command
     file = next(word for word in command if word.endswith(".yaml"))
-    return [*command, *SHORT_TASK[file]]
+    return [*command, *SHORT_TASK.get(file, SHORT_PRETRAINING)]
 
 
 @pytest.mark.network
