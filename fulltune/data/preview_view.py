@@ -276,7 +276,7 @@ _STYLES: dict[TokenState, str] = {
 }
 _MARKS: dict[TokenState, tuple[str, str]] = {
     "trained": ("⟦", "⟧"),
-    "replaced": ("", ""),
+    "replaced": ("⟨", "⟩"),
     "context": ("", ""),
     "truncated": ("~~", "~~"),
     "padding": ("", ""),
