@@ -1,7 +1,8 @@
 """What is trained on: counted over all examples before the first step, and judged.
 
 `examine` counts, `check` judges, `require_sound` stops a run whose supervision is empty or
-contradicts itself. `preview` and training call the same three; `preview_view` shows the result.
+contradicts itself. `preview` and training call the same three; `preview_view` and
+`preview_page` show the result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The preview for people: facts, findings and examples by token, in the terminal and as a page."""
+"""The preview for people: facts as rows, examples by token, and all of it in the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, TypeAlias
 
-import jinja2
 from rich.console import Console
 from rich.padding import Padding
 from rich.panel import Panel
@@ -345,13 +344,14 @@ def _print_finding(finding: Finding, console: Console) -> None:
 
 def _legend(samples: Sequence[SampleView], marked: bool) -> Text:
     text = Text()
-    for state in _states(samples):
+    for state in states_of(samples):
         opening, closing = _MARKS[state] if marked else ("", "")
         text.append(f"{opening}{MEANINGS[state]}{closing}", style=_STYLES[state]).append("   ")
     return text
 
 
-def _states(samples: Sequence[SampleView]) -> list[TokenState]:
+def states_of(samples: Sequence[SampleView]) -> list[TokenState]:
+    """The states that occur, in the order in which they are explained."""
     used = {token.state for sample in samples for token in sample.tokens}
     return [state for state in MEANINGS if state in used]
 
@@ -364,77 +364,3 @@ def _append_run(text: Text, run: Run, marked: bool) -> None:
         text.append(f" [… {run.num_omitted:,} more tokens …] ", style="bold")
     text.append("".join(run.tail), style=_STYLES[run.state])
     text.append(closing)
-
-
-# -- page ------------------------------------------------------------------------------------------
-
-_PAGE_RUN = 600
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A bar of the drawn histogram, in units of its view box."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    title: str
-
-
-def render_html(
-    facts: PreviewFacts,
-    findings: Sequence[Finding],
-    samples: Sequence[SampleView],
-    *,
-    title: str = "What is trained on",
-) -> str:
-    """The preview as one page that needs nothing else: light and dark, on a phone too."""
-    label_rows, num_more_labels = label_rows_of(facts)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fulltune.data", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("preview.html.j2").render(
-        title=title,
-        facts=facts,
-        findings=findings,
-        rows=rows_of(facts),
-        arranged_rows=arranged_rows_of(facts),
-        label_rows=label_rows,
-        num_more_labels=num_more_labels,
-        histograms=[(split, length_columns(split)) for split in facts.splits if split.lengths],
-        samples=[(sample, runs_of(sample.tokens, limit=_PAGE_RUN)) for sample in samples],
-        states=[(state, MEANINGS[state]) for state in _states(samples)],
-        visible=visible,
-    )
-
-
-def length_columns(split: SplitFacts) -> list[Column]:
-    """Bars within a box of 480 by 120; an example or more is always a visible bar."""
-    assert split.lengths is not None
-    bars = split.lengths.histogram
-    most = max(bar.count for bar in bars)
-    step = 480 / len(bars)
-    columns = []
-    for number, bar in enumerate(bars):
-        height = max(120 * bar.count / most, 1.5) if bar.count else 0
-        examples = f"{bar.count:,} example{'' if bar.count == 1 else 's'}"
-        tokens = (
-            f"{bar.low:,} to {bar.high - 1:,} tokens"
-            if bar.high - bar.low > 1
-            else f"{bar.low:,} tokens"
-        )
-        columns.append(
-            Column(
-                x=round(number * step + 0.5, 2),
-                y=round(120 - height, 2),
-                width=round(step - 1, 2),
-                height=round(height, 2),
-                title=f"{tokens}: {examples}",
-            )
-        )
-    return columns

@@ -14,10 +14,10 @@ from fulltune.data.joined import JoinedDataset
 from fulltune.data.loader import Loader
 from fulltune.data.padding import measure_padding
 from fulltune.data.preview import to_json
+from fulltune.data.preview_page import render_html
 from fulltune.data.preview_view import (
     SampleView,
     TokenView,
-    render_html,
     render_terminal,
     view_tokens,
 )

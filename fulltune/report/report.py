@@ -16,7 +16,8 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from fulltune.data.preview import PreviewFacts
-from fulltune.data.preview_view import NUM_LABELS, length_columns, rows_of, visible
+from fulltune.data.preview_page import length_columns
+from fulltune.data.preview_view import NUM_LABELS, rows_of, visible
 from fulltune.errors import RunFolderError
 from fulltune.report.charts import (
     NUM_COLOURS,

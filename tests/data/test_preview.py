@@ -13,10 +13,10 @@ from rich.console import Console
 
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.preview import Finding, PreviewFacts, check, examine, require_sound, to_json
+from fulltune.data.preview_page import render_html
 from fulltune.data.preview_view import (
     SampleView,
     TokenView,
-    render_html,
     render_terminal,
     runs_of,
     view_tokens,
