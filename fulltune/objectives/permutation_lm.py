@@ -366,7 +366,7 @@ def _require_xlnet(model: PreTrainedModel, batch: Batch) -> None:
     if config.model_type != "xlnet":
         raise ModelError(
             f"models of type `{config.model_type}` have no query stream to predict from",
-            hint="use an XLNet; one can be started from a BERT",
+            hint="use an XLNet; `convert_to: xlnet` of `fulltune pretrain` makes one of a BERT",
         )
     if config.attn_type != "bi" or config.bi_data:
         raise ModelError(
