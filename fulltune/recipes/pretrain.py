@@ -30,7 +30,8 @@ from fulltune.objectives.base import ArrangingObjective, Head
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.causal_stream import CausalStream
 from fulltune.objectives.masked_lm import MaskedLM, MaskingConfig
-from fulltune.objectives.permutation_lm import PermutationConfig, PermutationLM
+from fulltune.objectives.permutation_lm import PermutationLM
+from fulltune.objectives.permutation_noise import PermutationConfig
 from fulltune.objectives.sentence_order import SentenceOrder
 from fulltune.objectives.span_corruption import SpanConfig, SpanCorruption
 from fulltune.recipes import finetune
