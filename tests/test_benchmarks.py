@@ -142,7 +142,7 @@ def test_a_warm_start_is_measured_at_the_same_steps_as_a_new_model(tmp_path: Pat
         ("from the BERT", 0), ("new", 0), ("from the BERT", 1), ("new", 1),
     ]  # fmt: skip
     for rows in written["starts"].values():
-        assert [row["step"] for row in rows] == [1, 2]
+        assert [row["step"] for row in rows] == [0, 1, 2]
         # Two steps are few: a sane start lies near a uniform guess.
         assert all(row["loss_mean"] < math.log(300) + 1 for row in rows)
         assert all(0 <= row["accuracy_mean"] <= 1 for row in rows)

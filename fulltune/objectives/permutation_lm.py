@@ -57,15 +57,17 @@ class PermutationGroup(TypedDict):
 class PermutationBatch(TypedDict):
     """A micro-batch of windows.
 
-    input_ids:      int64 [B, L], ``[tokens ... <sep> <cls>]``, never masked, left-padded.
-    token_type_ids: int64 [B, L], 0 for tokens, 2 for the class token, 3 for padding.
+    input_ids:      int64 [B, L], ``[tokens ... <sep> <cls>]``, never masked, left-padded; with
+                    pairs ``[tokens ... <sep> tokens ... <sep> <cls>]``.
+    token_type_ids: int64 [B, L], 0 for tokens, 1 for those of a second segment, 2 for the class
+                    token, 3 for padding.
     attention_mask: int64 [B, L], 1 on tokens and 0 on padding.
     perm_mask:      bool [B, L, L], true at [i, j] where i must not see j; of the query stream.
     target_mapping: float32 [B, P, L], one-hot rows: which token place p predicts. Rows of zeros
                     where an example has fewer than P targets.
     target_rows:    int64 [N], into the flattened [B * P]: the places that have a target.
     target_ids:     int64 [N], the token to be predicted there.
-    memory_ids:     int64 [B, M], the tokens before each window, left-padded; with ``groups``.
+    memory_ids:     int64 [B, M], the tokens read before each window, left-padded; with ``groups``.
     groups:         how the rows are run where examples have memories, else absent.
     backward:       bool [B], the rows whose text is reversed, its memory with it; absent where none
                     is.

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase, XLNetConfig, XLNetLMHeadModel
 
-from fulltune.data.encoding import EncodedExample
+from fulltune.data.encoding import SENTENCE_START, EncodedExample
+from fulltune.data.streams import TokenStream
 from fulltune.errors import ConfigError
 from fulltune.models.loading import load_tokenizer
 from fulltune.objectives.permutation_lm import PermutationLM
@@ -54,13 +55,14 @@ def windows_of(
         len(window["targets"]) == len(window["token_type_ids"]) == len(window["input_ids"])
         for window in windows
     )
-    # The same documents in the same order, but cut into long windows.
-    whole = PermutationLM(tokenizer, 10_000, PermutationConfig(pairs=True))
-    marked = documents_for(whole)
-    stream = whole.arrange(marked, range(len(marked)), seed=4)._stream
-    assert len(stream) == 1
-    marks = stream[0]["boundaries"]
-    return windows, stream[0]["input_ids"], [place for place, mark in enumerate(marks) if mark & 2]
+    # The same documents in the same order, in one window.
+    marked = documents_for(PermutationLM(tokenizer, 64, PermutationConfig(pairs=True)))
+    (whole,) = TokenStream(
+        marked, range(len(marked)), 4, window_tokens=10_000, end_id=tokenizer.sep_token_id,
+        boundaries=True,
+    )  # fmt: skip
+    begins = [place for place, mark in enumerate(whole["boundaries"]) if mark & SENTENCE_START]
+    return windows, whole["input_ids"], begins
 
 
 def parts_of(window: EncodedExample) -> tuple[list[int], list[int], list[int]]:
