@@ -51,7 +51,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--batch-tokens", type=int, default=4096)
     add("--length", type=int, default=128)
-    add("--lr", type=float, default=1e-3, help="of all runs, with 10% warmup and linear decay")
+    add("--lr", type=float, default=1e-3, help="of all runs, with 10%% warmup and linear decay")
     add("--threads", type=int, default=1)
     add("--json", type=Path, metavar="FILE", help="write every figure there")
     return parser.parse_args(argv)

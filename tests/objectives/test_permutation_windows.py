@@ -57,10 +57,12 @@ def windows_of(
     )
     # The same documents in the same order, in one window.
     marked = documents_for(PermutationLM(tokenizer, 64, PermutationConfig(pairs=True)))
-    (whole,) = TokenStream(
+    stream = TokenStream(
         marked, range(len(marked)), 4, window_tokens=10_000, end_id=tokenizer.sep_token_id,
         boundaries=True,
     )  # fmt: skip
+    assert len(stream) == 1
+    whole = stream[0]
     begins = [place for place, mark in enumerate(whole["boundaries"]) if mark & SENTENCE_START]
     return windows, whole["input_ids"], begins
 
@@ -286,7 +288,8 @@ def test_backward_rows_have_the_positions_of_transformers_bi_data(
     model = make_model(tokenizer)
     found = query_states(model, batch)
 
-    model.base_model.bi_data = True
+    body: Any = model.base_model
+    body.bi_data = True
     mems = None
     if memory:
         past = batch["memory_ids"]
@@ -300,7 +303,7 @@ def test_backward_rows_have_the_positions_of_transformers_bi_data(
         use_mems=False,
     ).last_hidden_state
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    model.base_model.bi_data = False
+    body.bi_data = False
     forward_only = query_states(model, {**batch, "backward": torch.tensor([False, False])})
     assert not torch.allclose(forward_only[1], found[1], atol=1e-3)
     torch.testing.assert_close(forward_only[0], found[0])
