@@ -26,7 +26,8 @@ from fulltune.objectives.causal_stream import CausalStream
 from fulltune.objectives.documents import encode_document
 from fulltune.objectives.fill_in_the_middle import fill_in_the_middle, fim_ids
 from fulltune.objectives.masked_lm import MaskedLM, MaskingConfig
-from fulltune.objectives.permutation_lm import PermutationConfig, PermutationLM
+from fulltune.objectives.permutation_lm import PermutationLM
+from fulltune.objectives.permutation_noise import PermutationConfig
 from fulltune.objectives.sentence_order import SentenceOrder
 from fulltune.objectives.span_corruption import SpanConfig, SpanCorruption
 from fulltune.objectives.spans import UL2_DENOISERS, corrupt

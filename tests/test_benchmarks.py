@@ -127,6 +127,29 @@ def test_peers_pretrain_on_the_same_number_of_real_tokens(
 
 
 @pytest.mark.slow
+def test_a_warm_start_is_measured_at_the_same_steps_as_a_new_model(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklm", k=draw.randint(2, 6))) for _ in range(200)]
+    lines = [" ".join(draw.choices(words, k=draw.randint(3, 15))) for _ in range(400)]
+    (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    sizes = "--vocab-size 300 --bert-steps 2 --steps 2 --every 1 --batch-tokens 256 --length 32"
+    options = [*sizes.split(), "--data", "text.txt", "--held-out", "0.2", "--seeds", "0", "1"]
+    ended = run_benchmark(*options, "--json", "out.json", folder=tmp_path, script="warm_start")
+    assert ended.returncode == 0, ended.stderr
+    assert "XLNet after a bert-tiny of 2 steps" in ended.stdout
+    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert [(run["start"], run["seed"]) for run in written["runs"]] == [
+        ("from the BERT", 0), ("new", 0), ("from the BERT", 1), ("new", 1),
+    ]  # fmt: skip
+    for rows in written["starts"].values():
+        assert [row["step"] for row in rows] == [0, 1, 2]
+        # Two steps are few: a sane start lies near a uniform guess.
+        assert all(row["loss_mean"] < math.log(300) + 1 for row in rows)
+        assert all(0 <= row["accuracy_mean"] <= 1 for row in rows)
+    assert {"commit", "command", "settings", "machine"} <= written.keys()
+
+
+@pytest.mark.slow
 def test_pretraining_is_compared_in_speed_and_memory(pretrained: dict[str, Any]) -> None:
     for measured in pretrained["objectives"].values():
         ours, theirs = (measured["peers"][peer] for peer in ("fulltune", "hf-bf16"))

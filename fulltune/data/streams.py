@@ -28,6 +28,8 @@ class TokenStream:
         window_tokens: tokens of a window, at least 2.
         end_id: the token that follows each document.
         keep_last: whether the last window is kept where it is shorter but has at least 2 tokens.
+        boundaries: whether windows have those of their documents, which must be encoded with them;
+            nothing begins with an end token.
 
     Attributes:
         lengths: int32, tokens of each window.
@@ -46,12 +48,14 @@ class TokenStream:
         window_tokens: int,
         end_id: int,
         keep_last: bool = True,
+        boundaries: bool = False,
     ) -> None:
         if window_tokens < 2:
             raise ValueError(f"a window of {window_tokens} tokens has nothing to predict")
         self._documents = documents
         self._window_tokens = window_tokens
         self._end_id = end_id
+        self._boundaries = boundaries
         order = np.sort(np.asarray(indices, dtype=np.int64))
         fingerprint = hashlib.blake2b(digest_size=16)
         for part in (documents.fingerprint, seed, window_tokens, end_id, keep_last):
@@ -81,6 +85,7 @@ class TokenStream:
         """A window; its bytes are those of its documents, in proportion to its tokens of each."""
         start, end, first = self._place(index)
         input_ids: list[int] = []
+        boundaries: list[int] = []
         num_bytes = 0
         where = self._documents.where(int(self._order[first]))
         for place in range(first, len(self._order)):
@@ -91,27 +96,32 @@ class TokenStream:
             begin, stop = max(0, start - document_start), min(length, end - document_start)
             document = self._documents.piece(int(self._order[place]), begin, stop)
             input_ids += document["input_ids"]
+            if self._boundaries:
+                # Nothing of a document may be left for a window but its end token.
+                boundaries += document["boundaries"] if begin < stop else []
+                boundaries += [0] * (end >= document_end)
             if end >= document_end:
                 input_ids.append(self._end_id)
             if length:
                 # Rounded down at both ends, so that the windows of a document add up to it.
                 total = document["num_bytes"]
                 num_bytes += max(0, total * stop // length - total * begin // length)
-        content = np.asarray(input_ids, dtype=np.int64).tobytes()
-        digest = hashlib.blake2b(content, digest_size=8).digest()
-        content_hash = int.from_bytes(digest, "little", signed=True)
-        return EncodedExample(
+        digest = tokens_hash(input_ids)
+        example = EncodedExample(
             input_ids=input_ids,
             targets=[1] * len(input_ids),
             token_type_ids=[],
             label="",
             num_removed=0,
             num_removed_targets=0,
-            input_hash=content_hash,
-            example_hash=content_hash,
+            input_hash=digest,
+            example_hash=digest,
             num_bytes=num_bytes,
             where=where,
         )
+        if self._boundaries:
+            example["boundaries"] = boundaries
+        return example
 
     def where(self, index: int) -> str:
         """File and line of the document that a window begins in."""
@@ -125,3 +135,9 @@ class TokenStream:
         start = int(index) % len(self) * self._window_tokens
         end = min(start + self._window_tokens, int(self._starts[-1]))
         return start, end, int(np.searchsorted(self._starts, start, side="right")) - 1
+
+
+def tokens_hash(tokens: Sequence[int]) -> int:
+    """A number of 64 bits, signed, that says which tokens these are."""
+    content = np.asarray(tokens, dtype=np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)

@@ -9,11 +9,13 @@ Shape suffixes: H hidden size, A attention heads, D size of a head.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, processors
 from torch import Tensor
@@ -25,8 +27,10 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
+from fulltune.assets.building import built_whole
 from fulltune.errors import ModelError
 from fulltune.models.loading import load_model_config, load_tokenizer, save_model
+from fulltune.runtime import cache_dir
 
 _LAYER = "encoder.layer.{layer}."
 _COPIED = {
@@ -48,6 +52,13 @@ _OUTPUT = ("rel_attn.o", "attention.output.dense.weight")
 _QUERY_BIAS = ("rel_attn.r_w_bias", "attention.self.query.bias")
 _WORDS = "embeddings.word_embeddings.weight"
 _HEAD_BIAS = "cls.predictions.bias"
+_DECISIVE_FILES = (
+    "*.safetensors",
+    "config.json",
+    "tokenizer*.json",
+    "*.txt",
+    "special_tokens*.json",
+)
 _NO_WEIGHT = "position_ids"  # the numbers 0, 1, 2, ..., written by old versions of transformers
 
 
@@ -108,13 +119,7 @@ def warm_start_xlnet(bert_folder: Path, config: XLNetConfig, *, seed: int = 0) -
     Raises:
         ModelError: the folder is not a BERT's, lacks weights, or does not fit ``config``.
     """
-    bert_config = load_model_config(bert_folder)
-    if not isinstance(bert_config, BertConfig):
-        raise ModelError(
-            f"`{bert_folder}` is a `{bert_config.model_type}`, and an XLNet starts from a BERT",
-            hint="give the folder of a model of type `bert`",
-        )
-    _check_fit(bert_config, config, bert_folder)
+    _check_fit(_bert_config(bert_folder), config, bert_folder)
     bert = _read_weights(bert_folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -167,15 +172,32 @@ def warm_start_xlnet(bert_folder: Path, config: XLNetConfig, *, seed: int = 0) -
     )
 
 
+def converted_xlnet(bert_folder: Path, *, seed: int = 0) -> Path:
+    """The folder of `save_warm_start` in the cache: made once, then found again.
+
+    Raises:
+        ModelError: as `save_warm_start`.
+    """
+    digest = hashlib.sha256(f"{seed} {torch.__version__} {transformers.__version__}".encode())
+    names = (file.name for glob in _DECISIVE_FILES for file in bert_folder.glob(glob))
+    for name in sorted(names):
+        with (bert_folder / name).open("rb") as file:
+            digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    folder = cache_dir() / "models" / f"xlnet-of-bert-{digest.hexdigest()[:16]}"
+    if not folder.is_dir():
+        with built_whole(folder) as building:
+            save_warm_start(bert_folder, building, seed=seed)
+    return folder
+
+
 def save_warm_start(bert_folder: Path, out: Path, *, seed: int = 0) -> WarmStart:
     """Write the XLNet that starts from a BERT as a model folder, with the BERT's vocabulary.
 
     Raises:
         ModelError: as `warm_start_xlnet`, or the folder has no tokenizer.
     """
+    config = xlnet_config_of(_bert_config(bert_folder))
     tokenizer = xlnet_layout(load_tokenizer(bert_folder))
-    bert_config = load_model_config(bert_folder)
-    config = xlnet_config_of(bert_config) if isinstance(bert_config, BertConfig) else XLNetConfig()
     start = warm_start_xlnet(bert_folder, config, seed=seed)
     model = XLNetLMHeadModel(config)
     model.load_state_dict(start.state)
@@ -211,6 +233,16 @@ def xlnet_layout(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         padding_side="left",
     )
+
+
+def _bert_config(folder: Path) -> BertConfig:
+    config = load_model_config(folder)
+    if not isinstance(config, BertConfig):
+        raise ModelError(
+            f"`{folder}` is a `{config.model_type}`, and an XLNet starts from a BERT",
+            hint="give the folder of a model of type `bert`",
+        )
+    return config
 
 
 def _check_fit(bert: BertConfig, xlnet: XLNetConfig, folder: Path) -> None:

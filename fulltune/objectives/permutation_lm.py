@@ -5,73 +5,40 @@ mask of who sees whom (`permutation_order`), never by `<mask>` in the input: a l
 the earlier ones, which is what tells the objective from masked language modelling.
 
 Shape suffixes: B rows, L tokens of a window, P places for targets in a row, M tokens of memory,
-N targets, H hidden size, G rows of one group.
+N targets, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Self, TypedDict
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from fulltune.config import Settings
 from fulltune.data.arranged import Documents
-from fulltune.data.encoding import EncodedExample
+from fulltune.data.boundaries import sentence_starts
+from fulltune.data.encoding import SENTENCE_START, EncodedExample
 from fulltune.data.streams import TokenStream
 from fulltune.data.tasks import Example
-from fulltune.errors import ModelError
+from fulltune.errors import ConfigError, ModelError
 from fulltune.objectives.base import Batch, Scores, token_scores, tokenizer_fingerprint
 from fulltune.objectives.documents import encode_document
 from fulltune.objectives.linear_cross_entropy import LossSums, linear_cross_entropy
-from fulltune.objectives.noise import noise_generator
-from fulltune.objectives.permutation_order import (
-    BoolArray,
-    choose_targets,
-    draw_order,
-    permutation_mask,
-    word_starts,
-)
-from fulltune.objectives.permutation_windows import (
-    PADDING_SEGMENT,
-    TEXT_SEGMENT,
-    PermutationWindows,
-)
+from fulltune.objectives.permutation_noise import PermutationConfig, draw_window
+from fulltune.objectives.permutation_order import BoolArray, word_starts
+from fulltune.objectives.permutation_windows import PADDING_SEGMENT, Layout, PermutationWindows
+from fulltune.objectives.two_streams import query_states, require_xlnet
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DOCUMENT_END = "<eod>"
-
-
-class PermutationConfig(Settings):
-    """What is predicted, in which order, and from how much text before it."""
-
-    predict_share: Annotated[float, Field(gt=0, le=1)] = 1 / 6
-    """Share of a window's tokens that are predicted: 85 of 512."""
-    mask_alpha: Annotated[int, Field(ge=1)] = 6
-    """Tokens of context for each `mask_beta` tokens of a predicted span."""
-    mask_beta: Annotated[int, Field(ge=1)] = 1
-    """See `mask_alpha`."""
-    max_span: Annotated[int, Field(ge=1)] = 5
-    """Longest span; its length n is drawn with a probability in proportion to 1/n."""
-    perm_size: Annotated[int, Field(ge=1)] = 256
-    """Tokens that are permuted among themselves; such blocks follow each other in order."""
-    memory_length: Annotated[int, Field(ge=0)] = 0
-    """Most tokens before a window that it can look back on; they are read without gradient."""
-
-    @model_validator(mode="after")
-    def _spans_have_context(self) -> Self:
-        if self.mask_alpha < self.mask_beta:
-            raise ValueError("`mask_alpha` must be at least `mask_beta`")
-        return self
 
 
 class PermutationGroup(TypedDict):
@@ -90,16 +57,20 @@ class PermutationGroup(TypedDict):
 class PermutationBatch(TypedDict):
     """A micro-batch of windows.
 
-    input_ids:      int64 [B, L], ``[tokens ... <sep> <cls>]``, never masked, left-padded.
-    token_type_ids: int64 [B, L], 0 for tokens, 2 for the class token, 3 for padding.
+    input_ids:      int64 [B, L], ``[tokens ... <sep> <cls>]``, never masked, left-padded; with
+                    pairs ``[tokens ... <sep> tokens ... <sep> <cls>]``.
+    token_type_ids: int64 [B, L], 0 for tokens, 1 for those of a second segment, 2 for the class
+                    token, 3 for padding.
     attention_mask: int64 [B, L], 1 on tokens and 0 on padding.
     perm_mask:      bool [B, L, L], true at [i, j] where i must not see j; of the query stream.
     target_mapping: float32 [B, P, L], one-hot rows: which token place p predicts. Rows of zeros
                     where an example has fewer than P targets.
     target_rows:    int64 [N], into the flattened [B * P]: the places that have a target.
     target_ids:     int64 [N], the token to be predicted there.
-    memory_ids:     int64 [B, M], the tokens before each window, left-padded; with ``groups``.
+    memory_ids:     int64 [B, M], the tokens read before each window, left-padded; with ``groups``.
     groups:         how the rows are run where examples have memories, else absent.
+    backward:       bool [B], the rows whose text is reversed, its memory with it; absent where none
+                    is.
     """
 
     input_ids: Tensor
@@ -111,6 +82,7 @@ class PermutationBatch(TypedDict):
     target_ids: Tensor
     memory_ids: NotRequired[Tensor]
     groups: NotRequired[list[PermutationGroup]]
+    backward: NotRequired[Tensor]
 
 
 @dataclass(frozen=True)
@@ -124,6 +96,7 @@ class PermutationLM:
 
     Raises:
         ModelError: the tokenizer lacks one of the two tokens.
+        ConfigError: a window has no room behind what is reused.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -142,6 +115,13 @@ class PermutationLM:
                     hint="use the tokenizer of an XLNet or a BERT, or name the token in "
                     "tokenizer_config.json",
                 )
+        most = self._layout.text_tokens - (2 if self.config.pairs else 1)
+        if self.config.reuse_length > most:
+            raise ConfigError(
+                f"`permutation.reuse_length` is {self.config.reuse_length:,}, which leaves no text "
+                f"behind it in windows of {self.max_length:,} tokens",
+                hint=f"give at most {most:,}; XLNet's is half of the window",
+            )
 
     @property
     def head(self) -> Literal["permutation_lm"]:
@@ -151,7 +131,9 @@ class PermutationLM:
     @property
     def fingerprint(self) -> str:
         """Changes whenever `encode` would give other tokens."""
-        return tokenizer_fingerprint(self.tokenizer, objective="permutation_lm")
+        return tokenizer_fingerprint(
+            self.tokenizer, objective="permutation_lm", sentences=self.config.pairs
+        )
 
     @cached_property
     def _starts_V(self) -> BoolArray:
@@ -159,7 +141,8 @@ class PermutationLM:
 
     def encode(self, example: Example) -> list[EncodedExample]:
         """All tokens of a text, uncut and without special tokens; nothing where it has none."""
-        return encode_document(self.tokenizer, example)
+        boundaries = _sentence_boundaries if self.config.pairs else None
+        return encode_document(self.tokenizer, example, boundaries=boundaries)
 
     def arrange(
         self, documents: Documents, indices: Sequence[int] | npt.NDArray[np.integer], seed: int
@@ -173,11 +156,20 @@ class PermutationLM:
             documents,
             indices,
             seed,
-            window_tokens=self.max_length - 2,
+            window_tokens=self._layout.step,
             end_id=self.tokenizer.get_vocab().get(_DOCUMENT_END, sep_id),
+            boundaries=self.config.pairs,
         )
-        return PermutationWindows(
-            stream, memory_length=self.config.memory_length, sep_id=sep_id, cls_id=cls_id
+        return PermutationWindows(stream, self._layout, seed=seed, sep_id=sep_id, cls_id=cls_id)
+
+    @property
+    def _layout(self) -> Layout:
+        return Layout(
+            self.max_length,
+            memory_length=self.config.memory_length,
+            reuse_length=self.config.reuse_length,
+            pairs=self.config.pairs,
+            backward=self.config.backward,
         )
 
     @property
@@ -189,7 +181,15 @@ class PermutationLM:
 
         All chance of an example comes from its ``noise_seed``, or its hash in evaluation.
         """
-        windows = [self._window(example) for example in examples]
+        windows = [
+            draw_window(
+                example,
+                self.config,
+                starts_V=self._starts_V,
+                functional_ids=self._functional_ids,
+            )
+            for example in examples
+        ]
         length = max(len(window.ids_L) for window in windows)
         places = max(1, *(len(window.targets_P) for window in windows))
         shape = (len(windows), length)
@@ -219,6 +219,8 @@ class PermutationLM:
                 np.concatenate([window.ids_L[window.targets_P] for window in windows])
             ),
         }
+        if any(window.backward for window in windows):
+            batch["backward"] = torch.tensor([window.backward for window in windows])
         longest = max(len(window.memory_M) for window in windows)
         if longest:
             memory_BM = np.full((len(windows), longest), self.tokenizer.pad_token_id or 0, np.int64)
@@ -232,40 +234,6 @@ class PermutationLM:
                 for (tokens, memory), rows in sorted(groups.items())
             ]
         return batch
-
-    def _window(self, example: EncodedExample) -> _Window:
-        ids = np.asarray(example["input_ids"], dtype=np.int64)
-        allowed = np.asarray(example["targets"], dtype=np.bool_)
-        memory = int(allowed.argmax())  # 0 also where nothing may be predicted
-        ids_L, allowed_L = ids[memory:], allowed[memory:]
-        functional_L = np.isin(ids_L, self._functional_ids)
-        candidates_L = allowed_L & ~functional_L
-        num_candidates = int(candidates_L.sum())
-        num_targets = max(1, round(self.config.predict_share * num_candidates))
-        if not memory and not (~functional_L & ~candidates_L).any():
-            # The first target in the order needs something to see: with all that it could see
-            # masked, the softmax would spread over everything, the target itself among it.
-            num_targets = min(num_targets, num_candidates - 1)
-        num_targets = max(0, min(num_targets, num_candidates))
-
-        generator = noise_generator(example)
-        targets_L = choose_targets(
-            candidates_L,
-            self._starts_V[ids_L],
-            num_targets,
-            generator,
-            mask_alpha=self.config.mask_alpha,
-            mask_beta=self.config.mask_beta,
-            max_span=self.config.max_span,
-        )
-        order_L = draw_order(targets_L | functional_L, self.config.perm_size, generator)
-        return _Window(
-            memory_M=ids[:memory],
-            ids_L=ids_L,
-            segments_L=np.asarray(example["token_type_ids"], dtype=np.int64)[memory:],
-            targets_P=np.flatnonzero(targets_L),
-            hidden_LL=permutation_mask(order_L, targets_L),
-        )
 
     def num_targets(self, batch: Batch) -> int:
         """Tokens of the batch that are predicted."""
@@ -286,100 +254,12 @@ class PermutationLM:
         return token_scores(sums, self.num_targets(batch))
 
     def _losses(self, model: PreTrainedModel, batch: Batch) -> LossSums:
-        _require_xlnet(model, batch)
-        with _positions_in_own_dtype(model):
-            hidden_NH = query_states(model, batch).flatten(0, 1)[batch["target_rows"]]
+        require_xlnet(model, batch)
+        hidden_NH = query_states(model, batch).flatten(0, 1)[batch["target_rows"]]
         head = model.get_output_embeddings()
         return linear_cross_entropy(hidden_NH, head.weight, batch["target_ids"], bias_V=head.bias)
 
 
-@dataclass(frozen=True, eq=False)
-class _Window:
-    """One example with its noise drawn."""
-
-    memory_M: npt.NDArray[np.int64]
-    ids_L: npt.NDArray[np.int64]
-    segments_L: npt.NDArray[np.int64]
-    targets_P: npt.NDArray[np.int64]
-    hidden_LL: BoolArray
-
-
-def query_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Last hidden states of the query stream: [B, P, H]; places without a target mean nothing."""
-    masks = {name: batch[name].to(model.dtype) for name in ("perm_mask", "target_mapping")}
-    if "groups" not in batch:
-        inputs = {name: batch[name] for name in ("input_ids", "token_type_ids", "attention_mask")}
-        output = model.base_model(**inputs, **masks, use_mems=False)
-        states_BPH: Tensor = output.last_hidden_state
-        return states_BPH
-    # transformers lets every token see every place of the memory, padding too, and counts
-    # distances over padding between memory and window: so only rows of like lengths run together.
-    parts: list[Tensor] = []
-    for group in batch["groups"]:
-        rows, start = group["rows"], batch["input_ids"].shape[1] - group["length"]
-        output = model.base_model(
-            input_ids=batch["input_ids"][rows, start:],
-            token_type_ids=batch["token_type_ids"][rows, start:],
-            perm_mask=masks["perm_mask"][rows, start:, start:],
-            target_mapping=masks["target_mapping"][rows, :, start:],
-            mems=_memory(model, batch["memory_ids"][rows], group["memory_length"]),
-            use_mems=False,
-        )
-        parts.append(output.last_hidden_state)
-    order = [row for group in batch["groups"] for row in group["rows"]]
-    return torch.cat(parts)[np.argsort(order).tolist()]
-
-
-@torch.no_grad()
-def _memory(model: PreTrainedModel, ids_GM: Tensor, length: int) -> list[Tensor] | None:
-    """What each layer would read of the tokens before the windows: per layer [M, G, H]."""
-    if not length:
-        return None
-    ids_GM = ids_GM[:, ids_GM.shape[1] - length :]
-    segments_GM = torch.full_like(ids_GM, TEXT_SEGMENT)
-    output = model.base_model(input_ids=ids_GM, token_type_ids=segments_GM, use_mems=True)
-    return list(output.mems)
-
-
-@contextmanager
-def _positions_in_own_dtype(model: PreTrainedModel) -> Iterator[None]:
-    """Hand each layer the positions in the dtype of its weights.
-
-    With one stream transformers does so itself; with two it multiplies float32 positions by weights
-    of any dtype, which torch refuses.
-    """
-
-    def cast(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "r": kwargs["r"].to(layer.rel_attn.r.dtype)}
-
-    layers: Any = model.base_model.layer
-    hooks = [layer.register_forward_pre_hook(cast, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _require_xlnet(model: PreTrainedModel, batch: Batch) -> None:
-    config = model.config
-    if config.model_type != "xlnet":
-        raise ModelError(
-            f"models of type `{config.model_type}` have no query stream to predict from",
-            hint="use an XLNet; one can be started from a BERT",
-        )
-    if config.attn_type != "bi" or config.bi_data:
-        raise ModelError(
-            f"this XLNet has `attn_type: {config.attn_type}` and `bi_data: {config.bi_data}` in "
-            "config.json, with which tokens do not see what the order of prediction lets them see",
-            hint="set `attn_type` to `bi` and `bi_data` to false",
-        )
-    longest = max((group["memory_length"] for group in batch.get("groups", ())), default=0)
-    for name in ("mem_len", "reuse_len"):
-        limit = getattr(config, name)
-        if limit and limit < longest:
-            raise ModelError(
-                f"a memory of {longest:,} tokens is asked for, but `{name}` in config.json lets "
-                f"the model keep {limit:,}",
-                hint=f"set `{name}` to null, or lower `memory_length`",
-            )
+def _sentence_boundaries(encoding: Encoding, text: str) -> list[int]:
+    starts = sentence_starts(text, encoding.offsets)
+    return [SENTENCE_START * start for start in starts]

@@ -178,8 +178,14 @@ def _evaluate_pretrained(
     if data is not None:
         update = {"train": data, "validation": data, "columns": columns or task.columns}
         task = task.model_copy(update=update)
-    trained = config.model_copy(update={"model": str(folder), "tokenizer": None, "task": task})
-    trained = trained.model_copy(update={"architecture": {}})
+    # Of the trained model, not of what it once started from.
+    start: dict[str, Any] = {
+        "model": str(folder),
+        "tokenizer": None,
+        "architecture": {},
+        "convert_to": None,
+    }
+    trained = config.model_copy(update={**start, "task": task})
     with make_display(title=f"evaluate {model}") as display:
         base, objective = pretrain.open_start(trained)
         display.stage("reading and tokenizing the data")

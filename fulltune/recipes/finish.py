@@ -228,7 +228,7 @@ def _manifest(trainer: Trainer, ending: Ending, change: list[dict[str, Any]]) ->
         "ending": ending,
         "name": trainer.folder.name,
         "base_model": trainer.config.model,
-        "base_model_hash": source_fingerprint_of_model(trainer.base.path),
+        "base_model_hash": source_fingerprint_of_model(trainer.base.source or trainer.base.path),
         "task": trainer.config.task.kind,
         "data": trainer.prepared.sources,
         "settings": trainer.config.model_dump(mode="json"),

@@ -47,6 +47,8 @@ class Base:
     path: Path
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    source: Path | None = None
+    """The model that ``path`` was converted from, where it was."""
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,18 @@ from fulltune.errors import ConfigError, ModelError
 from fulltune.models.families import Family, family_of
 from fulltune.models.loading import (
     context_length,
+    load_model_config,
     load_tokenizer,
     resolve_model,
 )
 from fulltune.models.presets import PRESETS, is_new_model, make_config, make_model
+from fulltune.models.warm_start import converted_xlnet
 from fulltune.objectives.base import ArrangingObjective, Head
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.causal_stream import CausalStream
 from fulltune.objectives.masked_lm import MaskedLM, MaskingConfig
-from fulltune.objectives.permutation_lm import PermutationConfig, PermutationLM
+from fulltune.objectives.permutation_lm import PermutationLM
+from fulltune.objectives.permutation_noise import PermutationConfig
 from fulltune.objectives.sentence_order import SentenceOrder
 from fulltune.objectives.span_corruption import SpanConfig, SpanCorruption
 from fulltune.recipes import finetune
@@ -91,6 +94,9 @@ class Config(finetune.Config):
     """Folder of a tokenizer, a model or a run: for a new model, which has none of its own."""
     architecture: dict[str, Any] = Field(default_factory=dict)
     """Fields of a new model's config that differ, e.g. `{n_layer: 6}`."""
+    convert_to: Literal["xlnet"] | None = None
+    """`xlnet` makes an XLNet of the BERT that `model` names: it keeps the BERT's vocabulary and all
+    weights that compute the same in both; positions and segments start anew."""
     objective: ObjectiveConfig = ObjectiveConfig()
 
 
@@ -205,8 +211,15 @@ def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, Pret
                     hint=f"leave it out, or start anew from a size: {', '.join(PRESETS)}",
                 )
         base = open_base(config.model, config.task)
+        if config.convert_to is not None:
+            base = _converted(base, config.seed)
         kind = _kind_for(chosen, family_of(base.config), base.config.model_type)
     else:
+        if config.convert_to is not None:
+            raise ConfigError(
+                f"`convert_to` has no effect with the new model `{config.model}`",
+                hint="name a trained BERT as `model`, or leave it out",
+            )
         if config.tokenizer is None:
             raise ConfigError(
                 f"`model: {config.model}` is new and has no tokenizer",
@@ -257,13 +270,20 @@ def objectives_of(family: Family) -> dict[str, Kind]:
     }
 
 
+def _converted(bert: Base, seed: int) -> Base:
+    path = converted_xlnet(bert.path, seed=seed)
+    return Base(path, load_model_config(path), load_tokenizer(path), source=bert.path)
+
+
 def _kind_for(chosen: ObjectiveConfig, family: Family, model_type: str) -> Kind:
     possible = objectives_of(family)
     name: str = chosen.name or next(iter(possible))
     if name not in possible:
+        to_xlnet = model_type == "bert" and name == "permutation_lm"
+        also = "; of a trained one, `convert_to: xlnet` makes an XLNet" if to_xlnet else ""
         raise ConfigError(
             f"a `{model_type}` model cannot do `objective.name: {name}`",
-            hint=f"it can do {', '.join(f'`{each}`' for each in possible)}",
+            hint=f"it can do {', '.join(f'`{each}`' for each in possible)}{also}",
         )
     kind = possible[name]
     for key, field in ObjectiveConfig.model_fields.items():

@@ -188,7 +188,7 @@ def test_eight_in_ten_chosen_tokens_are_masked_and_one_in_ten_is_kept(
 
 
 def test_special_tokens_inside_a_text_are_never_chosen(tokenizer: PreTrainedTokenizerBase) -> None:
-    objective = MaskedLM(tokenizer, 64, masking=MaskingConfig(rate=0.99), packing=False)
+    objective = MaskedLM(tokenizer, 64, masking=MaskingConfig(evaluate_rate=0.99), packing=False)
     [example] = arranged(objective, ["the [SEP] dog [MASK] sleeps \u2603"])
     batch = objective.collate([example])
     assert tokenizer.convert_ids_to_tokens(batch["target_ids"].tolist()) == ["the", "dog", "sleeps"]
@@ -212,6 +212,71 @@ def test_whole_words_are_chosen_with_all_their_pieces_and_within_the_budget(
     for position, token in enumerate(tokens):
         if token.startswith("##"):
             assert (position in chosen) == (position - 1 in chosen)
+
+
+def runs_of(positions: Sequence[int]) -> list[int]:
+    """Lengths of the runs of neighbours."""
+    cuts = np.flatnonzero(np.diff(positions) > 1) + 1
+    return [len(run) for run in np.split(np.array(positions), cuts)]
+
+
+def test_runs_of_words_are_chosen_at_once_and_short_ones_are_likelier(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    masking = MaskingConfig(rate=0.02, whole_words=True, max_ngram=3)
+    objective = MaskedLM(tokenizer, 2000, masking=masking, packing=False)
+    example = invented(tokenizer, 1800, 1)
+    example["boundaries"] = [1] * 1802  # each token a word
+    lengths: list[int] = []
+    for seed in range(100):
+        batch = objective.collate([seeded(example, seed)])
+        assert objective.num_targets(batch) == 36
+        lengths += runs_of(batch["target_positions"].tolist())
+    shares = np.bincount(lengths, minlength=4)[1:4] / len(lengths)
+    # About 2,200 runs: a standard deviation is 1.1 points;
+    # a few runs touch, or end with the budget.
+    assert np.abs(shares - np.array([6, 3, 2]) / 11).max() < 0.05
+
+
+@settings(max_examples=40, deadline=None)
+@given(rate=st.floats(0.05, 0.95), seed=st.integers(0, 2**63), max_ngram=st.integers(1, 5))
+def test_runs_take_whole_words_within_the_budget_and_end_at_a_separator(
+    tokenizer: PreTrainedTokenizerBase, rate: float, seed: int, max_ngram: int
+) -> None:
+    masking = MaskingConfig(rate=rate, whole_words=True, max_ngram=max_ngram)
+    objective = MaskedLM(tokenizer, 128, masking=masking, packing=False)
+    example = invented(tokenizer, 40, seed % 1000)
+    example["input_ids"][20] = tokenizer.sep_token_id
+    example["targets"][20] = 0
+    chosen = set(objective.collate([seeded(example, seed)])["target_positions"].tolist())
+    assert len(chosen) <= max(1, round(rate * 39))
+    assert 20 not in chosen
+    for position in range(2, 41):
+        if not example["boundaries"][position] and position not in (20, 21):
+            assert (position in chosen) == (position - 1 in chosen)
+
+
+def test_held_out_text_is_masked_at_a_rate_of_its_own(tokenizer: PreTrainedTokenizerBase) -> None:
+    """So the losses of runs that train at different rates are of the same masked tokens."""
+    example = invented(tokenizer, 100, 1)
+
+    def batches(**masking: Any) -> tuple[Any, Any]:
+        objective = MaskedLM(tokenizer, 128, masking=MaskingConfig(**masking), packing=False)
+        return objective.collate([seeded(example, 1)]), objective.collate([example])
+
+    (low, held_out), (high, same), (_, dense) = (
+        batches(rate=0.1), batches(rate=0.4), batches(rate=0.1, evaluate_rate=0.5),
+    )  # fmt: skip
+    counts = [len(batch["target_ids"]) for batch in (low, held_out, high, same, dense)]
+    assert counts == [10, 15, 40, 15, 50]
+    assert torch.equal(held_out["input_ids"], same["input_ids"])
+    assert torch.equal(held_out["target_positions"], same["target_positions"])
+
+
+@pytest.mark.parametrize("name", ["max_ngram", "chinese_words"])
+def test_a_setting_about_words_is_refused_without_whole_words(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` has no effect without"):
+        MaskingConfig(**{name: 2 if name == "max_ngram" else True})
 
 
 def test_chinese_characters_of_a_word_are_chosen_together(

@@ -18,7 +18,8 @@ from transformers import XLNetLMHeadModel as XLNet
 from fulltune.data.encoding import EncodedExample
 from fulltune.errors import ModelError
 from fulltune.objectives.base import Batch
-from fulltune.objectives.permutation_lm import PermutationConfig, PermutationLM
+from fulltune.objectives.permutation_lm import PermutationLM
+from fulltune.objectives.permutation_noise import PermutationConfig
 from fulltune.objectives.permutation_order import (
     VISIBLE,
     choose_targets,

@@ -105,13 +105,25 @@ CASES = [
     ("gpt2-tiny", "tiny_sentinels", {"length": 32, "stream": True, "fim_rate": 0.5}),
     ("llama-tiny", "tiny_llama", {"length": 32, "stream": True}),
     ("bert-tiny", "tiny_bert", {"length": 32}),
-    ("bert-tiny", "tiny_bert", {"length": 32, "masking": {"rate": 0.3, "whole_words": True}}),
+    (
+        "bert-tiny", "tiny_bert",
+        {"length": 32, "masking": {"rate": 0.3, "whole_words": True, "max_ngram": 3}},
+    ),
     ("bert-tiny", "tiny_bert", {"name": "sentence_pairs", "length": 48}),
     ("xlnet-tiny", "tiny_bert", {"length": 32}),
     ("xlnet-tiny", "tiny_bert", {"length": 32, "permutation": {"memory_length": 16}}),
+    (
+        "xlnet-tiny", "tiny_bert",
+        {
+            "length": 32,
+            "permutation": {
+                "memory_length": 24, "reuse_length": 16, "pairs": True, "backward": True,
+            },
+        },
+    ),
     ("t5-tiny", "tiny_sentinels", {"length": 48}),
     ("t5-tiny", "tiny_sentinels", {"length": 48, "spans": {"mixture": "ul2"}}),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "tokenizer", "objective"), CASES)
