@@ -1,9 +1,9 @@
 """Dropout on a CPU whose random numbers cost less than the arithmetic they are for.
 
-torch draws one number per element with a generator that took 7 ns for each (Zen 4, one thread):
-a third of a GPT-2's step at its published dropout. SFC64 gives the bits of one element in 0.6 ns,
-and 15 bits are exact to 1 in 32,768 of the probability. A mask is a function of one seed drawn from
-torch's generator, so it is drawn again in the backward pass and not kept.
+torch draws one float per element: forward and backward of a dropout took 5.6 ns an element (Zen 4,
+one thread). With 15 bits of SFC64, exact to 1 in 32,768 of the probability, both take 1.9 ns in
+bfloat16 and 4.5 in float32. A mask is a function of one seed drawn from torch's generator, so it is
+drawn again in the backward pass and not kept.
 """
 
 from __future__ import annotations
