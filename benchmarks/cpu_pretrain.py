@@ -52,14 +52,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--documents", type=int, default=10_000, help="paragraphs read, beside the held-out ones")
     add("--held-out", type=int, default=200, help="held-out paragraphs")
     add("--vocab-size", type=int, default=8000)
-    add("--clm-model", default="gpt2-mini", help="a size of `fulltune models`")
+    add("--clm-model", default="gpt2-small", help="a size of `fulltune models`")
     add("--mlm-model", default="bert-mini", help="a size of `fulltune models`")
-    add("--length", type=int, default=256, help="tokens of a block; longest document of mlm")
-    add("--blocks", type=int, default=8, help="clm: blocks of a step")
+    add("--length", type=int, help="tokens of a block (default 1024); longest of mlm (256)")
+    add("--blocks", type=int, default=2, help="clm: blocks of a step")
     add("--rows", type=int, default=64, help="mlm: documents of a step")
     add("--rounds", type=int, default=3, help="rounds; each takes the next seed")
-    add("--steps", type=int, default=20, help="optimizer steps of a run")
-    add("--skip", type=int, default=4, help="first steps left out of the timing")
+    add("--steps", type=int, default=12, help="optimizer steps of a run")
+    add("--skip", type=int, default=3, help="first steps left out of the timing")
     add("--lr", type=float, default=1e-3)
     add("--betas", nargs=2, type=float, default=[0.9, 0.999])
     add("--weight-decay", type=float, default=0.0, help="as in Trainer by default")
@@ -108,7 +108,7 @@ def run_objective(objective: str, folder: Path, options: argparse.Namespace) -> 
         "num_documents": options.documents,
         "num_held_out": options.held_out,
         "model": getattr(options, f"{objective}_model"),
-        "length": options.length,
+        "length": length_of(objective, options),
         "batch": batch_of(objective, options),
         "steps": options.steps,
     }
@@ -148,6 +148,12 @@ def batch_of(objective: str, options: argparse.Namespace) -> int:
     return batch
 
 
+def length_of(objective: str, options: argparse.Namespace) -> int:
+    """Tokens of a block, which is run_clm.py's own choice for GPT-2, or of the longest document."""
+    length: int = options.length or {"clm": 1024, "mlm": 256}[objective]
+    return length
+
+
 def run_peer(
     peer: str, objective: str, seed: int, folder: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def run_peer(
         child, model = run_fulltune(objective, seed, folder, options)
     else:
         model = folder / "model"
-        shared = ("length", "steps", "lr", "betas", "weight_decay", "warmup", "clip_norm")
+        shared = ("steps", "lr", "betas", "weight_decay", "warmup", "clip_norm")
         job = {
             "peer": peer,
             "objective": objective,
@@ -165,6 +171,7 @@ def run_peer(
             "model_out": str(model),
             "seed": seed,
             "batch": batch_of(objective, options),
+            "length": length_of(objective, options),
             **{key: getattr(options, key) for key in shared},
         }
         child = run_script("pretrain_peers", job, folder, options)
@@ -190,11 +197,14 @@ def run_fulltune(
 ) -> tuple[dict[str, Any], Path]:
     """Pre-train; see `run_verb`."""
     task = {"kind": "text", "train": str(folder / "train_documents.jsonl"), "validation": None}
+    windows: dict[str, Any] = {"length": length_of(objective, options)}
+    if objective == "clm":
+        windows["stream"] = True
     settings = {
         "model": getattr(options, f"{objective}_model"),
         "tokenizer": str(folder / "tokenizer"),
         "task": task,
-        "objective": {"length": options.length, **({"stream": True} if objective == "clm" else {})},
+        "objective": windows,
         "batch": f"{batch_of(objective, options)} examples",
     }
     return run_verb("pretrain", settings, seed, folder, options)
