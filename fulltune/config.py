@@ -327,19 +327,27 @@ _OTHER_NAMES = {
 """What other programs call a setting."""
 
 
+_NEAR = 0.75
+"""How like a name must be to be suggested: a slip of the fingers, not another word."""
+
+
 def _nearest(key: str, settings: type[BaseModel]) -> str | None:
-    """A setting of nearly this name: in the same section, of another section, or anywhere."""
+    """A setting of this name in another section, or of nearly this name."""
     valid = list_keys(settings)
     prefix, dot, leaf = key.rpartition(".")
-    beside = [name for name in valid if name.rpartition(".")[0] == prefix]
-    close = difflib.get_close_matches(leaf, [name.rpartition(".")[2] for name in beside], n=1)
-    if close:
-        return f"{prefix}{dot}{close[0]}"
     if (other := _OTHER_NAMES.get(leaf)) in valid:
         return other
-    namesakes = [name for name in valid if name.rpartition(".")[2] == leaf]
-    whole = difflib.get_close_matches(key, valid, n=1, cutoff=0.75) if not beside else []
-    return next(iter([*namesakes, *whole]), None)
+    last_parts: dict[str, str] = {}  # `validation` is `task.validation`
+    for name in valid:
+        last_parts.setdefault(name.rpartition(".")[2], name)
+    if leaf in last_parts:
+        return last_parts[leaf]
+    beside = [name.rpartition(".")[2] for name in valid if name.rpartition(".")[0] == prefix]
+    for close in difflib.get_close_matches(leaf, beside, n=1, cutoff=_NEAR):
+        return f"{prefix}{dot}{close}"
+    return next(
+        (last_parts[close] for close in difflib.get_close_matches(leaf, last_parts, 1, _NEAR)), None
+    )
 
 
 def _written(value: object) -> str:

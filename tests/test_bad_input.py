@@ -150,6 +150,7 @@ def test_a_folder_is_no_settings_file(refuse: Refuse, workplace: Path) -> None:
         ("num_train_epochs=3", "unknown setting `num_train_epochs`", "`duration`"),
         ("optimiser.lr=1", "unknown setting `optimiser`", "did you mean `optimizer`?"),
         ("lr=1e-5", "unknown setting `lr`", "did you mean `optimizer.lr`?"),
+        ("validation=10%", "unknown setting", "did you mean `task.validation`?"),
         ("task.max_lenght=8", "unknown setting", "did you mean `task.max_length`?"),
         ("optimizer.lr", "`optimizer.lr` is not a setting", "write `optimizer.lr=VALUE`"),
         ("optimizer=adamw", "`optimizer` is a section", "`optimizer.name"),
