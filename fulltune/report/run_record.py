@@ -161,6 +161,20 @@ class RunRecord:
         steps = [int(event["step"]) for event in self.events if event["event"] == "evaluation"]
         return self.best_step or (steps[-1] if steps else None)
 
+    @property
+    def written(self) -> Mapping[str, Any]:
+        """The event that measured the model as it was written; nothing where that was no other.
+
+        In training the weights are in its arithmetic; the model may be written more exactly.
+        """
+        return next((event for event in reversed(self.events) if event["event"] == "result"), {})
+
+    def result(self, course: MetricCourse) -> float | None:
+        """What `fulltune evaluate` gives: as written, else the evaluation of the kept weights."""
+        if course.split == "validation" and course.metric in self.written:
+            return float(self.written[course.metric])
+        return course.at(self.kept_step)
+
     def main_course(self) -> MetricCourse | None:
         """The metric that the run is judged by: the one of its settings, else the task's first."""
         courses = self.courses()

@@ -15,6 +15,7 @@ from fulltune.tracking.log import MetricsLog, read_metrics
 from fulltune.tracking.numbers import (
     format_bytes,
     format_duration,
+    format_miss,
     format_number,
     name_of,
     printable,
@@ -31,6 +32,7 @@ __all__ = [
     "check_sinks",
     "format_bytes",
     "format_duration",
+    "format_miss",
     "format_number",
     "make_display",
     "name_of",

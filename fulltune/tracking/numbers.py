@@ -12,6 +12,14 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes / 1024**2:.0f} MiB"
 
 
+def format_miss(error: float) -> str:
+    """A prediction's relative error in words: `13% too low`."""
+    percent = round(abs(error) * 100)
+    if percent == 0:
+        return "right within 1%"
+    return f"{percent}% too {'high' if error > 0 else 'low'}"
+
+
 def format_duration(seconds: float) -> str:
     """A time as on a clock: `0:41`, `12:05`, `3:20:00`, `2 d 4 h`."""
     if not math.isfinite(seconds):

@@ -372,6 +372,36 @@ def test_the_kept_weights_are_the_best_or_the_last_where_the_base_model_was_best
     )
 
 
+def test_the_headline_is_the_model_as_it_was_written(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with MetricsLog(run / "metrics.jsonl") as log:
+        log.write("result", step=300, dtype="fp32", loss=0.8559, perplexity=2.3535)
+    text = " ".join(report(tmp_path, run)[1].text.split())
+    assert "validation loss 0.8559" in text.replace("validation loss0", "validation loss 0")
+    assert "model as written, fp32" in text
+    assert "which is what fulltune evaluate gives" in text
+
+
+def test_an_interruption_stays_visible_where_the_run_went_on_from_its_step(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "run" / "metrics.jsonl") as log:
+        log.write("start", step=0, num_steps=4, num_parameters=1000)
+        for step in range(1, 5):
+            log.write("step", step=step, loss=1.0, lr=1e-5, seconds=1.0)
+            if step == 2:
+                log.write("interrupted", step=2, signal="SIGINT")
+                log.write(
+                    "resume", step=2, num_steps=4, num_parameters=1000, matmul_rate=4.84e11,
+                    predicted_memory_bytes=2**30,
+                )  # fmt: skip
+    page = report(tmp_path, tmp_path / "run")[1]
+    assert "interrupted, resumed" in page.text
+    assert "484 GFLOP/s" in page.text
+    assert "1.0 GiB" in page.text
+    happened = page.text[page.text.index("What happened") :]
+    assert "1,000" not in happened
+    assert "1000" not in happened
+
+
 @pytest.mark.parametrize(
     ("kind", "model", "data"),
     [
