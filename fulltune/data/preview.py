@@ -638,9 +638,9 @@ def _size(overlap: OverlapFacts) -> int:
 def _leak(overlap: OverlapFacts) -> Finding:
     kinds = []
     if overlap.num_examples:
-        kinds.append(f"{overlap.num_examples:,} the whole example")
+        kinds.append(f"{overlap.num_examples:,} whole")
     if overlap.num_inputs:
-        kinds.append(f"{overlap.num_inputs:,} the input alone")
+        kinds.append(f"{overlap.num_inputs:,} with the same input but another target")
     return Finding(
         level="warning",
         message=f"`{overlap.split}` shares {_examples(_size(overlap))} with `{overlap.other}`: "

@@ -244,7 +244,7 @@ def test_leaks_between_splits_count_examples_and_inputs_apart() -> None:
 
     assert finding.level == "warning"
     assert "`validation` shares 2 examples with `train`" in finding.message
-    assert "1 the whole example, 1 the input alone" in finding.message
+    assert "1 whole, 1 with the same input but another target" in finding.message
     assert finding.where == ("chat.jsonl:4", "chat.jsonl:5")
 
 
