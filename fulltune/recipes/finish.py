@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -228,6 +229,7 @@ def _manifest(trainer: Trainer, ending: Ending, change: list[dict[str, Any]]) ->
         "ending": ending,
         "name": trainer.folder.name,
         "base_model": trainer.config.model,
+        "base_model_on_hub": name_on_hub(trainer.config.model),
         "base_model_hash": source_fingerprint_of_model(trainer.base.source or trainer.base.path),
         "task": trainer.config.task.kind,
         "data": trainer.prepared.sources,
@@ -253,6 +255,13 @@ def _manifest(trainer: Trainer, ending: Ending, change: list[dict[str, Any]]) ->
 def licence_of(model: str) -> str | None:
     """The licence of the base model, where it is known."""
     return find_asset(model).licence if model.startswith(PREFIX) else None
+
+
+def name_on_hub(model: str) -> str | None:
+    """`OWNER/NAME` of the base model on the Hub; None for a folder or a file of one's own."""
+    name = find_asset(model).source.split()[0] if model.startswith(PREFIX) else model
+    is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, flags=re.ASCII) is not None
+    return name if is_name and not Path(name).exists() else None
 
 
 def source_fingerprint_of_model(path: Path) -> dict[str, str]:

@@ -25,6 +25,7 @@ from fulltune.data.preview import (
 )
 from fulltune.errors import DataError, RunFolderError
 from fulltune.recipes import finetune
+from fulltune.recipes.finish import name_on_hub
 from fulltune.report import render_model_card, write_report
 from fulltune.report.charts import (
     Mark,
@@ -532,10 +533,12 @@ def test_a_page_that_cannot_be_written_is_an_error_with_its_place(tmp_path: Path
 
 
 def test_the_model_card_has_front_matter_and_measured_facts() -> None:
-    card = render_model_card(make_manifest())
+    manifest = make_manifest() | {"base_model_on_hub": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    manifest["settings"]["retention"] = None
+    card = render_model_card(manifest | {"licence": "Apache-2.0"})
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "base_model": "SmolLM2-135M-Instruct",
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "license": "apache-2.0",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -545,9 +548,21 @@ def test_the_model_card_has_front_matter_and_measured_facts() -> None:
     assert "| loss | 1.215 |" in body
     assert "| `data/train.jsonl` | 18,421 | `9f9f" in body
     assert "| `optimizer.lr` | `2e-05` |" in body
+    assert "| `retention` | `null` |" in body
     assert "no safety evaluation" in body
     assert "<script>" not in body
     assert "8.0 GiB" in body
+
+
+def test_a_model_card_tells_the_hub_no_name_that_it_does_not_know() -> None:
+    card = render_model_card(make_manifest() | {"licence": "research use"})
+    front = yaml.safe_load(card.split("---\n", 2)[1])
+    assert "base_model" not in front
+    assert (front["license"], front["license_name"]) == ("other", "research use")
+    assert name_on_hub("asset:smollm2-135m-instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert name_on_hub("bert-org/bert") == "bert-org/bert"
+    assert name_on_hub("/models/bert") is None
+    assert name_on_hub("tests/report") is None
 
 
 def test_a_model_card_of_an_empty_manifest_claims_nothing() -> None:
