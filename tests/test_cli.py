@@ -136,6 +136,23 @@ def test_the_table_of_settings_loses_no_word(say: Say, columns: int) -> None:
         assert set(row.meaning.split()) <= words, row.key
 
 
+def test_the_meaning_of_a_setting_has_the_width_of_the_terminal(say: Say) -> None:
+    _, output, _ = say("settings", columns=80)
+    assert max(map(len, output.splitlines())) > 70
+    name, meaning, accepted = output[output.index("task.train") :].splitlines()[:3]
+    assert name.split() == ["task.train", "required"]
+    assert meaning.startswith("    Training data: a file, a folder,")
+    assert accepted.startswith("    ")
+
+
+def test_settings_without_effect_on_pretraining_are_not_offered(say: Say) -> None:
+    rows = {row["key"]: row for row in json.loads(say("settings", "pretrain", "--json")[1])}
+    assert rows["task.kind"]["kind"] == "text"
+    assert "task.labels" not in rows
+    assert "task.template" not in rows
+    assert "task.labels" in {row["key"] for row in json.loads(say("settings", "--json")[1])}
+
+
 def test_lists_name_everything_there_is(say: Say) -> None:
     _, output, _ = say("tasks", columns=80)
     assert all(kind in output for kind in TASKS)

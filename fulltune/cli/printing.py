@@ -30,6 +30,20 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     Console(highlight=False).print(table)
 
 
+def print_entries(title: str, entries: Sequence[tuple[str, str, str, str]]) -> None:
+    """Print a name and a value on a line, and below it, indented, what they mean and accept."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Text(title, style="bold"))
+    for name, value, meaning, accepted in entries:
+        console.print(Text(name, style="bold").append(f"  {value}", "not bold"))
+        details = Text(meaning).append(f"\n{accepted}", "dim")
+        console.print(Padding(details, (0, 0, 0, 4), expand=False))
+
+
 def print_metrics(report: Any) -> None:
     """The metrics of an evaluation, and a table of its labels."""
     from fulltune.tracking import format_number

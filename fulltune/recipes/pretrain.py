@@ -86,6 +86,12 @@ FEW_DOCUMENTS = 20
 SECTION_TOKENS = 4096
 
 
+WITHOUT_EFFECT = frozenset({"task.labels", "task.template", "task.too_long"})
+"""Settings of the task that documents have no use for; a run refuses them."""
+ONLY_CHOICE = {"task.kind": "text", "task.format": "auto | text"}
+"""What pre-training accepts of settings that accept more elsewhere."""
+
+
 class Config(finetune.Config):
     """Settings of `fulltune pretrain`."""
 
