@@ -6,7 +6,6 @@ weights) is refused by name, never dropped.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from fulltune.data.tasks import (
     TaskKind,
     TextExample,
 )
-from fulltune.errors import ConfigError, DataError
+from fulltune.errors import ConfigError, DataError, near_names
 
 ROWS_LOOKED_AT = 100
 """First rows of a source that say how all of it is laid out."""
@@ -312,7 +311,7 @@ def _without_turns(records: Sequence[Record], columns: Mapping[str, str]) -> Dat
 
 
 def _missing_column(record: Record, column: str, *, fields: Sequence[str] = ()) -> DataError:
-    near = difflib.get_close_matches(column, record.fields, n=1)
+    near = near_names(column, record.fields)
     hint = f"did you mean `{near[0]}`? " if near else ""
     if column in fields:
         found = near[0] if near else "COLUMN"

@@ -233,7 +233,7 @@ def test_a_missing_file_names_files_like_it(tmp_path: Path) -> None:
     written(tmp_path / "train.jsonl", "{}")
     error = refusal(f"{tmp_path}/trian.jsonl")
     assert str(error) == f"`{tmp_path}/trian.jsonl` does not exist"
-    assert error.hint == "did you mean `train.jsonl`?"
+    assert error.hint == f"did you mean `{tmp_path}/train.jsonl`?"
     error = refusal(f"{tmp_path}/questions.csv")
     assert error.hint == f"looked in `{tmp_path}`; data files there: `train.jsonl`"
     error = refusal(f"{tmp_path}/dta/train.jsonl")
