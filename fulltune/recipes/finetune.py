@@ -89,7 +89,7 @@ class Config(Settings):
     save_every: Period = Quantity(100, "steps")
     """How often a checkpoint is saved; one is always saved at the end and when interrupted."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; beside them `best-*`, the weights of the best evaluation."""
     save_as: Literal["fp32", "bf16"] = "fp32"
     """Weights in `model/`: exact in `fp32`; `bf16` rounds them and halves the folder."""
     num_workers: Annotated[int, Field(ge=0)] | None = None
