@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fulltune.assets import list_assets
 from fulltune.cli import main
+from fulltune.cli.printing import print_answers
 from fulltune.config import list_keys, list_settings, load_config
 from fulltune.data.tasks import TASKS
 from fulltune.models.families import FAMILIES
@@ -151,6 +152,19 @@ def test_settings_without_effect_on_pretraining_are_not_offered(say: Say) -> Non
     assert "task.labels" not in rows
     assert "task.template" not in rows
     assert "task.labels" in {row["key"] for row in json.loads(say("settings", "--json")[1])}
+
+
+def test_an_answer_is_shown_under_all_turns_of_its_prompt(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    turns = [("user", "Hello"), ("assistant", "Hi!"), ("user", "And Rome?")]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    print_answers(prompt, {"answer": "A city."})
+    said = capsys.readouterr().out
+    assert [said.index(f"{role}: {content}") for role, content in turns] == sorted(
+        said.index(f"{role}: {content}") for role, content in turns
+    )
+    assert "A city." in said
 
 
 def test_lists_name_everything_there_is(say: Say) -> None:

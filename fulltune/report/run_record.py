@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from fulltune.data.preview import Finding, PreviewFacts
 from fulltune.data.tasks import TASKS
 from fulltune.errors import DataError, RunFolderError
-from fulltune.tracking import read_metrics
+from fulltune.tracking import read_metrics, show_answer
 
 
 @dataclass(frozen=True)
@@ -297,9 +297,9 @@ def _pair_samples(samples: list[Mapping[str, Any]]) -> tuple[SamplePair, ...]:
             SamplePair(
                 prompt=tuple(prompt),
                 first_step=int(first["step"]),
-                before=str(first["answer"]),
+                before=show_answer(first),
                 last_step=int(last["step"]) if several else None,
-                after=str(last["answer"]) if several else None,
+                after=show_answer(last) if several else None,
                 reference=str(last["reference"]) if last.get("reference") else None,
             )
         )

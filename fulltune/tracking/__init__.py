@@ -19,6 +19,7 @@ from fulltune.tracking.numbers import (
     format_number,
     name_of,
     printable,
+    show_answer,
 )
 from fulltune.tracking.sinks import Tracker, TrackingConfig, check_sinks
 
@@ -38,5 +39,6 @@ __all__ = [
     "name_of",
     "printable",
     "read_metrics",
+    "show_answer",
     "stderr_console",
 ]

@@ -1,8 +1,15 @@
-"""Numbers as people write them."""
+"""Numbers and answers as people write them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def show_answer(sample: Mapping[str, Any]) -> str:
+    """The answer of a sample, with a mark where the longest length cut it off."""
+    return f"{sample['answer']}{'' if sample.get('stopped', True) else ' …'}"
 
 
 def format_bytes(num_bytes: float) -> str:
