@@ -6,7 +6,6 @@ settings class stands beside the code that reads it, and a recipe's class only c
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import types
@@ -27,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from fulltune.errors import ConfigError
+from fulltune.errors import ConfigError, near_names, near_paths
 
 S = TypeVar("S", bound="Settings")
 
@@ -177,9 +176,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        folder = path.parent if path.parent.is_dir() else Path()
-        near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.y*ml")], n=1)
-        hint = f"did you mean `{folder / near[0]}`?" if near else "give the path of a YAML file"
+        near = near_paths(path, "*.y*ml") or near_paths(Path(path.name), "*.y*ml")
+        hint = f"did you mean `{near[0]}`?" if near else "give the path of a YAML file"
         raise ConfigError(f"no settings file `{path}`", hint=hint) from None
     except IsADirectoryError:
         raise ConfigError(
@@ -328,18 +326,20 @@ _OTHER_NAMES = {
 
 
 def _nearest(key: str, settings: type[BaseModel]) -> str | None:
-    """A setting of nearly this name: in the same section, of another section, or anywhere."""
+    """A setting of this name in another section, or of nearly this name."""
     valid = list_keys(settings)
     prefix, dot, leaf = key.rpartition(".")
-    beside = [name for name in valid if name.rpartition(".")[0] == prefix]
-    close = difflib.get_close_matches(leaf, [name.rpartition(".")[2] for name in beside], n=1)
-    if close:
-        return f"{prefix}{dot}{close[0]}"
     if (other := _OTHER_NAMES.get(leaf)) in valid:
         return other
-    namesakes = [name for name in valid if name.rpartition(".")[2] == leaf]
-    whole = difflib.get_close_matches(key, valid, n=1, cutoff=0.75) if not beside else []
-    return next(iter([*namesakes, *whole]), None)
+    last_parts: dict[str, str] = {}  # `validation` is `task.validation`
+    for name in valid:
+        last_parts.setdefault(name.rpartition(".")[2], name)
+    if leaf in last_parts:
+        return last_parts[leaf]
+    beside = [name.rpartition(".")[2] for name in valid if name.rpartition(".")[0] == prefix]
+    for close in near_names(leaf, beside):
+        return f"{prefix}{dot}{close}"
+    return next((last_parts[close] for close in near_names(leaf, last_parts)), None)
 
 
 def _written(value: object) -> str:

@@ -14,6 +14,32 @@ FulltuneError
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+LIKENESS = 0.75
+"""How like a name must be to be suggested: a slip of the fingers, not another word."""
+
+
+def near_names(name: str, names: Iterable[str], count: int = 1) -> list[str]:
+    """The names that a user may have meant, the likeliest first."""
+    return difflib.get_close_matches(name, list(names), n=count, cutoff=LIKENESS)
+
+
+def near_paths(path: Path, pattern: str = "*", count: int = 1) -> list[Path]:
+    """The entries of the folder of a missing path whose names are like its own, endings aside."""
+    folder = path.parent
+    if not folder.is_dir():
+        return []
+    entries: dict[str, list[Path]] = {}
+    for entry in sorted(folder.glob(pattern)):
+        if not entry.name.startswith("."):
+            entries.setdefault(entry.stem, []).append(entry)
+    return [entry for stem in near_names(path.stem, entries, count) for entry in entries[stem]][
+        :count
+    ]
+
 
 class FulltuneError(Exception):
     """Base of all errors that are not bugs.

@@ -141,6 +141,16 @@ def test_a_folder_is_no_settings_file(refuse: Refuse, workplace: Path) -> None:
     assert "is a folder" in refuse("finetune", "configs")
 
 
+def test_a_settings_file_of_another_word_is_not_suggested(
+    refuse: Refuse, workplace: Path, chat_settings: Path
+) -> None:
+    (workplace / "configs").mkdir()
+    (workplace / "configs" / "trec-minilm.yaml").touch()
+    said = refuse("finetune", "configs/trec-minilmm.yaml")
+    assert "did you mean `configs/trec-minilm.yaml`?" in said
+    assert "did you mean" not in refuse("finetune", "configs/my-own.yaml")
+
+
 @pytest.mark.parametrize(
     ("override", "message", "hint"),
     [
@@ -150,6 +160,7 @@ def test_a_folder_is_no_settings_file(refuse: Refuse, workplace: Path) -> None:
         ("num_train_epochs=3", "unknown setting `num_train_epochs`", "`duration`"),
         ("optimiser.lr=1", "unknown setting `optimiser`", "did you mean `optimizer`?"),
         ("lr=1e-5", "unknown setting `lr`", "did you mean `optimizer.lr`?"),
+        ("validation=10%", "unknown setting", "did you mean `task.validation`?"),
         ("task.max_lenght=8", "unknown setting", "did you mean `task.max_length`?"),
         ("optimizer.lr", "`optimizer.lr` is not a setting", "write `optimizer.lr=VALUE`"),
         ("optimizer=adamw", "`optimizer` is a section", "`optimizer.name"),
@@ -583,6 +594,8 @@ def test_a_run_folder_of_another_run_or_of_other_files_is_left_alone(
     shutil.copytree(finished_run, workplace / "run")
     said = refuse("finetune", chat_settings, "seed=1", *resume)
     assert "holds a finished run" in said
+    if not resume:
+        assert "look at it by `fulltune evaluate run` or `fulltune report run`" in said
     (workplace / "foreign").mkdir()
     (workplace / "foreign" / "thesis.tex").write_text("precious")
     said = refuse("finetune", chat_settings, "run_dir=foreign", *resume)
@@ -643,6 +656,10 @@ def test_evaluate_without_data_needs_a_run(
     assert "`--data FILE`" in said
     assert "`lost.jsonl` does not exist" in refuse("evaluate", tiny_llama, "--data", "lost.jsonl")
     assert "`runs/lost` does not exist here" in refuse("evaluate", "runs/lost")
+    Path("runs/losts").mkdir(parents=True)
+    said = refuse("evaluate", "runs/lost")
+    assert "there is no folder `runs/lost`" in said
+    assert "did you mean `runs/losts`?" in said
 
 
 def test_predict_never_overwrites(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fulltune.assets import list_assets
 from fulltune.cli import main
+from fulltune.cli.printing import print_answers
 from fulltune.config import list_keys, list_settings, load_config
 from fulltune.data.tasks import TASKS
 from fulltune.models.families import FAMILIES
@@ -134,6 +135,36 @@ def test_the_table_of_settings_loses_no_word(say: Say, columns: int) -> None:
     for row in list_settings(finetune.Config):
         assert row.key in words
         assert set(row.meaning.split()) <= words, row.key
+
+
+def test_the_meaning_of_a_setting_has_the_width_of_the_terminal(say: Say) -> None:
+    _, output, _ = say("settings", columns=80)
+    assert max(map(len, output.splitlines())) > 70
+    name, meaning, accepted = output[output.index("task.train") :].splitlines()[:3]
+    assert name.split() == ["task.train", "required"]
+    assert meaning.startswith("    Training data: a file, a folder,")
+    assert accepted.startswith("    ")
+
+
+def test_settings_without_effect_on_pretraining_are_not_offered(say: Say) -> None:
+    rows = {row["key"]: row for row in json.loads(say("settings", "pretrain", "--json")[1])}
+    assert rows["task.kind"]["kind"] == "text"
+    assert "task.labels" not in rows
+    assert "task.template" not in rows
+    assert "task.labels" in {row["key"] for row in json.loads(say("settings", "--json")[1])}
+
+
+def test_an_answer_is_shown_under_all_turns_of_its_prompt(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    turns = [("user", "Hello"), ("assistant", "Hi!"), ("user", "And Rome?")]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    print_answers(prompt, {"answer": "A city."})
+    said = capsys.readouterr().out
+    assert [said.index(f"{role}: {content}") for role, content in turns] == sorted(
+        said.index(f"{role}: {content}") for role, content in turns
+    )
+    assert "A city." in said
 
 
 def test_lists_name_everything_there_is(say: Say) -> None:

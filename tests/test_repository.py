@@ -15,9 +15,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fulltune
-from fulltune.config import load_config
+from fulltune.config import build_config, load_config
 from fulltune.recipes import chain, finetune, pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -207,8 +208,12 @@ def test_every_settings_file_is_valid_and_says_how_it_is_run(path: Path) -> None
 
 def test_the_settings_in_the_readme_are_those_of_the_file_it_names() -> None:
     for language, text in fenced_blocks(ROOT / "README.md"):
-        if language == "yaml":
-            title, _, values = text.partition("\n")
+        if language != "yaml":
+            continue
+        title, _, values = text.partition("\n")
+        if title.startswith("# my.yaml"):
+            build_config(finetune.Config, yaml.safe_load(values))
+        else:
             file = (ROOT / title.removeprefix("# ")).read_text(encoding="utf-8")
             assert file[file.index("model:") :] == values
 

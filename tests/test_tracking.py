@@ -20,10 +20,12 @@ from fulltune.tracking import (
     TrackingConfig,
     format_bytes,
     format_duration,
+    format_miss,
     format_number,
     make_display,
     printable,
     read_metrics,
+    show_answer,
 )
 
 STEP = {
@@ -331,6 +333,10 @@ def _close_stderr() -> None:
 def test_numbers_are_written_as_people_write_them() -> None:
     assert format_bytes(2.1e9) == "2.0 GiB"
     assert format_bytes(5e8) == "477 MiB"
+    assert show_answer({"answer": "It is a", "stopped": False}) == "It is a …"
+    assert show_answer({"answer": "Paris."}) == "Paris."
+    assert format_miss(-0.13) == "13% too low"
+    assert format_miss(0.004) == "right within 1%"
     assert [format_duration(seconds) for seconds in (41, 725, 12000, 187200, math.inf)] == [
         "0:41",
         "12:05",

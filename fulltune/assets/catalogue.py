@@ -253,8 +253,8 @@ def find_asset(name: str) -> Asset:
     name = name.removeprefix(PREFIX)
     if name in ASSETS:
         return ASSETS[name]
-    nearest = difflib.get_close_matches(name, ASSETS, n=3, cutoff=0.6)
-    nearest = nearest or difflib.get_close_matches(name, ASSETS, n=1, cutoff=0.4)
+    nearest = [other for other in ASSETS if name and other.startswith(name)]
+    nearest = nearest or difflib.get_close_matches(name, ASSETS, n=3, cutoff=0.6)
     named = " or ".join(f"`{PREFIX}{near}`" for near in nearest)
     meant = f"did you mean {named}? " if nearest else ""
     raise AssetError(f"unknown asset `{name}`", hint=f"{meant}`fulltune assets` lists them")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from fulltune.cli.app import LIST, Json, app
-from fulltune.cli.printing import print_json, print_table
+from fulltune.cli.printing import print_entries, print_json, print_table
 
 
 @app.command(rich_help_panel=LIST)
@@ -19,18 +19,25 @@ def settings(
     as_json: Json = False,
 ) -> None:
     """List every setting with what it accepts, its default and its meaning."""
+    from dataclasses import replace
     from importlib import import_module
 
     from fulltune.config import list_settings
 
-    rows = list(list_settings(import_module(f"fulltune.recipes.{verb}").Config))
+    recipe = import_module(f"fulltune.recipes.{verb}")
+    without_effect = getattr(recipe, "WITHOUT_EFFECT", ())
+    only = getattr(recipe, "ONLY_CHOICE", {})
+    rows = [
+        replace(row, kind=only.get(row.key, row.kind))
+        for row in list_settings(recipe.Config)
+        if row.key not in without_effect
+    ]
     if as_json:
         print_json([vars(row) for row in rows])
         return
-    print_table(
-        f"Settings of fulltune {verb}",
-        ("setting", "default", "meaning, and what is accepted"),
-        [(row.key, row.default, f"{row.meaning}\n{row.kind}") for row in rows],
+    print_entries(
+        f"Settings of fulltune {verb}, with default, meaning, and what is accepted",
+        [(row.key, row.default, row.meaning, row.kind) for row in rows],
     )
 
 

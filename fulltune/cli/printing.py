@@ -30,6 +30,20 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     Console(highlight=False).print(table)
 
 
+def print_entries(title: str, entries: Sequence[tuple[str, str, str, str]]) -> None:
+    """Print a name and a value on a line, and below it, indented, what they mean and accept."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Text(title, style="bold"))
+    for name, value, meaning, accepted in entries:
+        console.print(Text(name, style="bold").append(f"  {value}", "not bold"))
+        details = Text(meaning).append(f"\n{accepted}", "dim")
+        console.print(Padding(details, (0, 0, 0, 4), expand=False))
+
+
 def print_metrics(report: Any) -> None:
     """The metrics of an evaluation, and a table of its labels."""
     from fulltune.tracking import format_number
@@ -68,13 +82,19 @@ def parse_columns(pairs: list[str] | None) -> dict[str, str]:
     return columns
 
 
-def print_answers(prompt: str, answers: Mapping[str, str]) -> None:
+def print_answers(prompt: Sequence[Mapping[str, str]], answers: Mapping[str, str]) -> None:
     """One prompt with what was answered to it, side by side under their names."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(f"Prompt: {prompt}", style="bold"), title_justify="left", expand=True)
+    title = Text("Prompt: ", style="bold")
+    if len(prompt) > 1:  # an answer is read with the turns before it
+        for turn in prompt:
+            title.append(f"\n{turn['role']}: ", "dim").append(turn["content"])
+    else:
+        title.append(prompt[-1]["content"])
+    table = Table(title=title, title_justify="left", expand=True)
     for name in answers:
         table.add_column(name, ratio=1, overflow="fold")
     table.add_row(*map(Text, answers.values()))

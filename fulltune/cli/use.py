@@ -46,6 +46,7 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out data."""
     from fulltune.recipes import evaluate as recipe
+    from fulltune.tracking import show_answer
 
     report = recipe.run(
         model, data=data, columns=parse_columns(columns), too_long=too_long,
@@ -62,9 +63,9 @@ def evaluate(
         )  # fmt: skip
         return
     print_metrics(report)
-    for sample in report.samples:
-        answers = {"answer": sample.answer, "reference": sample.reference}
-        print_answers(sample.prompt[-1].content, answers)
+    for sample in (sample.as_json() for sample in report.samples):
+        answers = {"answer": show_answer(sample), "reference": sample["reference"]}
+        print_answers(sample["prompt"], answers)
 
 
 @app.command(rich_help_panel=USE)

@@ -6,7 +6,6 @@ weights) is refused by name, never dropped.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from fulltune.data.tasks import (
     TaskKind,
     TextExample,
 )
-from fulltune.errors import ConfigError, DataError
+from fulltune.errors import ConfigError, DataError, near_names
 
 ROWS_LOOKED_AT = 100
 """First rows of a source that say how all of it is laid out."""
@@ -269,8 +268,8 @@ def _unrecognised(
         if unlike is not None:
             return unlike
     forms = [
-        f"{name} ({', '.join(_needed(layout, needs_label=needs_label))})"
-        for name, layout in possible.items()
+        " and ".join(f"`{field}`" for field in _needed(layout, needs_label=needs_label))
+        for layout in possible.values()
     ]
     first = set(records[0].fields)
     other = next((record for record in records if set(record.fields) != first), None)
@@ -278,9 +277,21 @@ def _unrecognised(
     return DataError(
         f"{_place(records[0].where)} has the columns {_listed(records[0].fields)}{also}; "
         f"that is no known format of kind `{config.kind}`",
-        hint=f"possible are {'; '.join(forms)}; map other names with "
-        f"`task.columns={{{next(iter(possible.values())).fields[0]}: COLUMN}}`",
+        hint=f"it needs {', or '.join(dict.fromkeys(forms))}; map the names of yours with "
+        f"`{_example_of_columns(records[0], possible, needs_label=needs_label)}`",
     )
+
+
+def _example_of_columns(
+    record: Record, possible: Mapping[str, _Layout], *, needs_label: bool
+) -> str:
+    """A mapping of the row's own columns: onto single texts, as such rows have other names."""
+    layout = possible.get("prompt_completion") or next(iter(possible.values()))
+    needed = _needed(layout, needs_label=needs_label)
+    texts = [name for name, value in record.fields.items() if isinstance(value, str)]
+    named = [*texts, *["COLUMN"] * len(needed)]
+    pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in zip(needed, named, strict=False))
+    return f"task.columns={{{pairs}}}"
 
 
 def _without_turns(records: Sequence[Record], columns: Mapping[str, str]) -> DataError | None:
@@ -300,11 +311,13 @@ def _without_turns(records: Sequence[Record], columns: Mapping[str, str]) -> Dat
 
 
 def _missing_column(record: Record, column: str, *, fields: Sequence[str] = ()) -> DataError:
-    near = difflib.get_close_matches(column, record.fields, n=1)
+    near = near_names(column, record.fields)
     hint = f"did you mean `{near[0]}`? " if near else ""
     if column in fields:
         found = near[0] if near else "COLUMN"
         hint += f"map another name with `task.columns={{{column}: {found}}}`"
+    elif len(fields) == 1 and not near:
+        hint += f"correct `task.columns={{{fields[0]}: COLUMN}}`"
     return DataError(
         f"{record.where}: no column `{column}`; there are {_listed(record.fields)}",
         hint=hint.strip() or "correct `task.columns`, or drop the row",

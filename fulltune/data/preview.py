@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.padding import PaddingFacts
 from fulltune.data.tasks import TaskKind
+from fulltune.data.unknown_tokens import MAX_SHARE, UnknownFacts, count_unknown
 from fulltune.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
@@ -151,6 +152,8 @@ class SplitFacts(_Facts):
     longest: tuple[LongRow, ...]
     labels: LabelFacts | None
     end_of_turn: EndFacts | None
+    unknown: UnknownFacts | None = None
+    """None where the tokenizer has no unknown token."""
 
 
 class OverlapFacts(_Facts):
@@ -212,6 +215,7 @@ def examine(
     splits: Mapping[str, npt.NDArray[np.integer]],
     *,
     end_token_ids: Collection[int] = (),
+    unknown_token_id: int | None = None,
 ) -> PreviewFacts:
     """Count what is trained on. A million examples take seconds.
 
@@ -219,6 +223,7 @@ def examine(
         dataset: the encoded examples of all splits.
         splits: the examples of each split, by its name; that which is trained on is `TRAIN`.
         end_token_ids: tokens that end a turn, for chat; without any, ends are not looked at.
+        unknown_token_id: what the tokenizer makes of text it cannot write; None is not counted.
     """
     by_label = dataset.kind == "classification"
     indices_by_split = {
@@ -227,7 +232,9 @@ def examine(
     return PreviewFacts(
         supervision="labels" if by_label else "tokens",
         splits=tuple(
-            _examine_split(dataset, name, indices, by_label, frozenset(end_token_ids))
+            _examine_split(
+                dataset, name, indices, by_label, frozenset(end_token_ids), unknown_token_id
+            )
             for name, indices in indices_by_split.items()
         ),
         overlaps=tuple(
@@ -243,6 +250,7 @@ def _examine_split(
     indices: IntArray,
     by_label: bool,
     end_token_ids: frozenset[int],
+    unknown_token_id: int | None,
 ) -> SplitFacts:
     def some(mask: npt.NDArray[np.bool_]) -> tuple[str, ...]:
         return tuple(dataset.where(int(index)) for index in indices[mask][:NUM_SHOWN])
@@ -289,6 +297,9 @@ def _examine_split(
         ),
         labels=_examine_labels(dataset, indices[~without]) if by_label else None,
         end_of_turn=_look_at_ends(dataset, indices[~without], end_token_ids),
+        unknown=None
+        if unknown_token_id is None
+        else count_unknown(dataset, indices, unknown_token_id, num_shown=NUM_SHOWN),
     )
 
 
@@ -449,6 +460,7 @@ def _check_split(split: SplitFacts, may_truncate: bool) -> list[Finding]:
     return [
         *_check_targets(split),
         *_check_truncation(split, may_truncate),
+        *_check_unknown(split),
         *_check_duplicates(split),
         *_check_contradictions(split),
         *_check_ends(split),
@@ -514,6 +526,22 @@ def _check_truncation(split: SplitFacts, may_truncate: bool) -> list[Finding]:
             message=f"`{split.name}`: {part} are cut off; {removed} were removed{learned}",
             hint="raise `task.max_length`, or write `task.too_long: drop`",
             where=split.truncated,
+        )
+    ]
+
+
+def _check_unknown(split: SplitFacts) -> list[Finding]:
+    unknown = split.unknown
+    if unknown is None or unknown.share <= MAX_SHARE:
+        return []
+    return [
+        Finding(
+            level="warning",
+            message=f"`{split.name}`: {_percent(unknown.share)} of the tokens are the unknown "
+            "token: text that the model's tokenizer cannot write, which the model does not see",
+            hint="use a model whose tokenizer has the script of the data, and check that the text "
+            "is not garbled",
+            where=unknown.where,
         )
     ]
 
@@ -610,9 +638,9 @@ def _size(overlap: OverlapFacts) -> int:
 def _leak(overlap: OverlapFacts) -> Finding:
     kinds = []
     if overlap.num_examples:
-        kinds.append(f"{overlap.num_examples:,} the whole example")
+        kinds.append(f"{overlap.num_examples:,} whole")
     if overlap.num_inputs:
-        kinds.append(f"{overlap.num_inputs:,} the input alone")
+        kinds.append(f"{overlap.num_inputs:,} with the same input but another target")
     return Finding(
         level="warning",
         message=f"`{overlap.split}` shares {_examples(_size(overlap))} with `{overlap.other}`: "

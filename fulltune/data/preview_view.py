@@ -185,6 +185,8 @@ def rows_of(facts: PreviewFacts) -> list[tuple[str, list[str]]]:
         rows.append(("  tokens removed", [_count(split.num_removed_tokens) for split in splits]))
     if any(split.num_removed_targets for split in splits):
         rows.append(("  targets removed", [_count(split.num_removed_targets) for split in splits]))
+    if any(split.unknown for split in splits):
+        rows.append(("unknown tokens", [_unknown(split) for split in splits]))
     rows += [
         ("length: median", [_length(split, "median") for split in splits]),
         ("  90 of 100 within", [_length(split, "p90") for split in splits]),
@@ -258,6 +260,15 @@ def _length(split: SplitFacts, name: str) -> str:
 def _ends(split: SplitFacts) -> str:
     ends = split.end_of_turn
     return f"{ends.num_ending / ends.num_sampled:.1%}" if ends else "none"
+
+
+def _unknown(split: SplitFacts) -> str:
+    unknown = split.unknown
+    if unknown is None or not unknown.num_unknown:
+        return "none"
+    rows = unknown.num_sampled
+    read = f" in {rows:,} examples read" if rows < split.num_examples else ""
+    return f"{unknown.num_unknown:,} ({unknown.share:.1%}){read}"
 
 
 def _share_of(number: int, total: int) -> str:

@@ -5,7 +5,6 @@ What a row means is the business of `formats.py`. Memory stays flat: nothing her
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import os
@@ -30,7 +29,7 @@ from fulltune.data.files import (
     unreadable,
 )
 from fulltune.data.json_rows import parse_json_lines
-from fulltune.errors import DataError, MissingExtraError
+from fulltune.errors import DataError, MissingExtraError, near_paths
 
 STANDARD_INPUT = "-"
 ASSET_PREFIX = "asset:"
@@ -209,7 +208,7 @@ def _missing(path: Path) -> DataError:
             hint=f"`{folder.resolve()}` is the nearest folder that does",
         )
     names = sorted(entry.name for entry in folder.iterdir())
-    near = difflib.get_close_matches(path.name, names, n=3)
+    near = [str(other) for other in near_paths(path, count=3)]
     if near:
         return DataError(f"`{path}` does not exist", hint=f"did you mean {listed(near)}?")
     data = [name for name in names if recognise_file(Path(name), name) is not None]

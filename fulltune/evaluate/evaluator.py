@@ -81,11 +81,16 @@ class Sample:
     prompt: tuple[Message, ...]
     answer: str
     reference: str
+    stopped: bool = True
+    """Whether the model ended the answer, and the longest length did not."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON, as in `samples.jsonl`."""
         turns = [{"role": turn.role, "content": turn.content} for turn in self.prompt]
-        return {"prompt": turns, "answer": self.answer, "reference": self.reference}
+        return {
+            "prompt": turns, "answer": self.answer, "reference": self.reference,
+            "stopped": self.stopped,
+        }  # fmt: skip
 
 
 def evaluate_model(
@@ -200,7 +205,7 @@ def sample_answers(
         where=[where for _, _, where in chosen],
     )
     return [
-        Sample(prompt, answer.text, reference)
+        Sample(prompt, answer.text, reference, answer.stopped)
         for (prompt, reference, _), answer in zip(chosen, answers, strict=True)
     ]
 

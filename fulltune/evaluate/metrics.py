@@ -5,7 +5,6 @@ Shape suffixes: D documents (examples), L labels.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fulltune.data.tasks import TASKS, TaskKind
-from fulltune.errors import ConfigError, DataError
+from fulltune.errors import ConfigError, DataError, near_names
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def check_metric(
             raise ConfigError(message, hint="set `evaluate.retention=true` to measure it")
     else:
         message = f"`evaluate.metric` is `{name}`, which is not a metric"
-    near = difflib.get_close_matches(name, possible, n=1)
+    near = near_names(name, possible)
     suggestion = f"did you mean `{near[0]}`? " if near else ""
     listed = ", ".join(f"`{known}`" for known in possible)
     raise ConfigError(message, hint=f"{suggestion}A {kind} run measures {listed}")

@@ -41,7 +41,7 @@ from fulltune import assets
 from fulltune.assets.building import built_whole
 from fulltune.assets.dequantize import dequantize_gguf
 from fulltune.assets.quiet import quiet_transformers
-from fulltune.errors import AssetError, ConfigError, ModelError
+from fulltune.errors import AssetError, ConfigError, ModelError, near_paths
 from fulltune.models import attention as _registered  # noqa: F401  (registers "fulltune")
 from fulltune.models.families import Family, family_of, layer_of
 from fulltune.runtime import cache_dir
@@ -117,8 +117,7 @@ def resolve_model(source: str) -> Path:
         folder = _from_hub(source)
     else:
         raise ModelError(
-            f"`{source}` does not exist",
-            hint=POSSIBLE_SOURCES,
+            f"`{source}` does not exist", hint=_near_folders(source) or POSSIBLE_SOURCES
         )
     _check_folder(folder)
     return folder
@@ -380,11 +379,22 @@ def _from_hub(name: str) -> Path:
     except (OSError, ValueError) as error:
         offline = isinstance(error, LocalEntryNotFoundError)
         reason = "it is offline or not reached" if offline else _first_line(error)
+        if Path(name).parent.is_dir() and "/" in name:  # a path here, if there ever was one
+            raise ModelError(
+                f"there is no folder `{name}`; a model of this name on the hub was not had either: "
+                f"{reason}",
+                hint=_near_folders(name) or POSSIBLE_SOURCES,
+            ) from error
         raise AssetError(
             f"`{name}` does not exist here, and the model hub did not give it: {reason}",
             hint="check the path or name, and the network; without a hub, use a folder or "
             "asset:NAME (`fulltune models` lists them)",
         ) from error
+
+
+def _near_folders(source: str) -> str | None:
+    near = near_paths(Path(source).expanduser(), count=3)
+    return f"did you mean {' or '.join(f'`{path}`' for path in near)}?" if near else None
 
 
 def _check_folder(folder: Path) -> None:

@@ -128,7 +128,7 @@ def _read_turns(stream: TextIO) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise DataError(
             f"standard input is not {error.encoding}: byte 0x{error.object[error.start]:02x}",
-            hint="convert it to UTF-8, for example by `iconv -f WINDOWS-1252 -t UTF-8`",
+            hint="convert it to UTF-8 by `iconv -f ENCODING -t UTF-8`, with the encoding it is in",
         ) from None
 
 

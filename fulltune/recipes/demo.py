@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fulltune.config import build_config
 from fulltune.recipes import finetune
+from fulltune.tracking import show_answer
 
 SETTINGS = {
     "model": "asset:smollm2-135m-instruct",
@@ -25,7 +27,8 @@ SETTINGS = {
 class BeforeAndAfter:
     """A held-out prompt, and the model's answers before and after training."""
 
-    prompt: str
+    prompt: list[dict[str, str]]
+    """Its turns: `role` and `content`."""
     before: str
     after: str
     reference: str
@@ -41,7 +44,7 @@ def compare_samples(run_dir: Path) -> Iterator[BeforeAndAfter]:
     path = run_dir / "samples.jsonl"
     if not path.exists():
         return
-    before: dict[str, dict[str, object]] = {}
+    before: dict[str, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         sample = json.loads(line)
         key = json.dumps(sample["prompt"], ensure_ascii=False)
@@ -49,8 +52,8 @@ def compare_samples(run_dir: Path) -> Iterator[BeforeAndAfter]:
             before[key] = sample
             continue
         yield BeforeAndAfter(
-            prompt=sample["prompt"][-1]["content"],
-            before=str(before[key]["answer"]),
-            after=sample["answer"],
+            prompt=sample["prompt"],
+            before=show_answer(before[key]),
+            after=show_answer(sample),
             reference=sample["reference"],
         )

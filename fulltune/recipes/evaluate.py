@@ -23,6 +23,7 @@ from fulltune.objectives.base import TooLong
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification
 from fulltune.recipes import pretrain
+from fulltune.recipes.columns import columns_as_options
 from fulltune.recipes.finetune import Config
 from fulltune.recipes.prepare import first_conversations, prepare
 from fulltune.runtime import cache_dir, choose_device, num_cores
@@ -242,12 +243,13 @@ def _require_unchanged(folder: Path, sources: Sequence[Mapping[str, Any]]) -> No
 
 
 def _encode(objective: CausalLM | Classification, task: TaskConfig, data: str) -> JoinedDataset:
-    encoded = encode_dataset(
-        [data],
-        task,
-        objective.encode,
-        encode_fingerprint=objective.fingerprint,
-        num_workers=num_cores(),
-        cache_dir=cache_dir() / "encoded",
-    )
+    with columns_as_options():
+        encoded = encode_dataset(
+            [data],
+            task,
+            objective.encode,
+            encode_fingerprint=objective.fingerprint,
+            num_workers=num_cores(),
+            cache_dir=cache_dir() / "encoded",
+        )
     return JoinedDataset([encoded])

@@ -89,7 +89,7 @@ class Config(Settings):
     save_every: Period = Quantity(100, "steps")
     """How often a checkpoint is saved; one is always saved at the end and when interrupted."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; beside them `best-*`, the weights of the best evaluation."""
     save_as: Literal["fp32", "bf16"] = "fp32"
     """Weights in `model/`: exact in `fp32`; `bf16` rounds them and halves the folder."""
     num_workers: Annotated[int, Field(ge=0)] | None = None
@@ -277,6 +277,8 @@ def assemble(
     if source is not None:
         on_all_ranks(runtime, lambda: check_source(source))
     base_bytes = psutil.Process().memory_info().rss
+    # Paths that are not there are found before anything is measured.
+    base, objective = on_all_ranks(runtime, lambda: start.open(config))
     # A resumed run computes as it began: another precision would be another run.
     precision = from_main_rank(
         runtime, choose_precision(found.precision if found else config.precision, runtime.device)
@@ -286,7 +288,6 @@ def assemble(
         update={"precision": "bf16" if precision.dtype == torch.bfloat16 else "fp32"}
     )
 
-    base, objective = on_all_ranks(runtime, lambda: start.open(config))
     reader = retention_reader(objective) if source is not None else None
     display.stage("reading and tokenizing the data")
     prepared = _prepare_on_all_ranks(config, objective, runtime, display, start)

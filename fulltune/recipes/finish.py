@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def finish(trainer: Trainer, ending: Ending) -> None:
     best_step = trainer.best.best_step
     if best_step is not None and best_step not in (0, step):
         best = trainer.folder / CHECKPOINTS / f"best-{best_step:08d}"
-        last, _ = _exact_model(trainer)
+        last, _, _ = _exact_model(trainer)
         _write_model(trainer, last, trainer.folder / MODEL_LAST)
         del last
         _take(trainer, best)
@@ -77,8 +78,8 @@ def finish(trainer: Trainer, ending: Ending) -> None:
             f"no evaluation was better by `{trainer.best.metric}` than the one before training; "
             f"`model` holds the weights of step {step}"
         )
-    model, change = _exact_model(trainer)
-    _say_what_moved(trainer, change)
+    model, change, tokens_still = _exact_model(trainer)
+    _say_what_moved(trainer, change, tokens_still)
     _measure_as_written(trainer, model)
     trainer.sample(step, model)
     manifest = _manifest(trainer, ending, change)
@@ -87,8 +88,8 @@ def finish(trainer: Trainer, ending: Ending) -> None:
         _write_facts(trainer, manifest)
 
 
-def _exact_model(trainer: Trainer) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-    """The base model with the float32 masters in it, and how far each layer moved.
+def _exact_model(trainer: Trainer) -> tuple[PreTrainedModel, list[dict[str, Any]], str]:
+    """The base model with the float32 masters in it, how far each layer moved, and what did not.
 
     The model in training holds the masters' rounding; what rounding removed belongs to the result.
     """
@@ -96,6 +97,7 @@ def _exact_model(trainer: Trainer) -> tuple[PreTrainedModel, list[dict[str, Any]
     install_fast_kernels(model)
     parameters = dict(model.named_parameters())
     change = _weight_change(trainer, parameters)
+    tokens_still = _tokens_still(trainer, model)
     with torch.no_grad():
         for name, master in trainer.masters.items():
             parameters[name].copy_(master)
@@ -105,7 +107,7 @@ def _exact_model(trainer: Trainer) -> tuple[PreTrainedModel, list[dict[str, Any]
         generation.eos_token_id = stop_ids(model, trainer.base.tokenizer)
     for parameter in parameters.values():  # not the buffers: rotary frequencies stay float32
         parameter.data = parameter.data.to(WRITTEN[trainer.config.save_as])
-    return model, change
+    return model, change, tokens_still
 
 
 def _measure_as_written(trainer: Trainer, model: PreTrainedModel) -> None:
@@ -209,13 +211,30 @@ def _weight_change(trainer: Trainer, base: Mapping[str, Tensor]) -> list[dict[st
     ]
 
 
-def _say_what_moved(trainer: Trainer, change: list[dict[str, Any]]) -> None:
+def _tokens_still(trainer: Trainer, base: PreTrainedModel) -> str:
+    """The rows of the embedding that no step changed, in words; empty where each one moved."""
+    embedding = cast(Tensor, base.get_input_embeddings().weight)
+    names = (name for name, parameter in base.named_parameters() if parameter is embedding)
+    master = dict(trainer.masters.items()).get(next(names, ""))
+    if master is None:
+        return ""
+    num_still = int((master.detach() == embedding.detach()).all(dim=1).sum())
+    if not num_still:
+        return ""
+    return (
+        f"; {num_still:,} of {len(master):,} rows of the embedding did not, "
+        "those of tokens that are not in the data"
+    )
+
+
+def _say_what_moved(trainer: Trainer, change: list[dict[str, Any]], tokens_still: str) -> None:
     total = sum(group["num_parameters"] for group in change)
     moved = sum(group["share_moved"] * group["num_parameters"] for group in change)
     still = [group["group"] for group in change if group["relative_change"] == 0]
     trainer.display.notice(
         f"{moved / total:.1%} of {total:,} trained weights moved"
         + (f"; nothing moved in {', '.join(still)}" if still else ", every layer among them")
+        + tokens_still
     )
     for group in change:
         trainer.tracker.write("weight_change", step=trainer.progress.step, **group)
@@ -228,6 +247,7 @@ def _manifest(trainer: Trainer, ending: Ending, change: list[dict[str, Any]]) ->
         "ending": ending,
         "name": trainer.folder.name,
         "base_model": trainer.config.model,
+        "base_model_on_hub": name_on_hub(trainer.config.model),
         "base_model_hash": source_fingerprint_of_model(trainer.base.source or trainer.base.path),
         "task": trainer.config.task.kind,
         "data": trainer.prepared.sources,
@@ -253,6 +273,13 @@ def _manifest(trainer: Trainer, ending: Ending, change: list[dict[str, Any]]) ->
 def licence_of(model: str) -> str | None:
     """The licence of the base model, where it is known."""
     return find_asset(model).licence if model.startswith(PREFIX) else None
+
+
+def name_on_hub(model: str) -> str | None:
+    """`OWNER/NAME` of the base model on the Hub; None for a folder or a file of one's own."""
+    name = find_asset(model).source.split()[0] if model.startswith(PREFIX) else model
+    is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, flags=re.ASCII) is not None
+    return name if is_name and not Path(name).exists() else None
 
 
 def source_fingerprint_of_model(path: Path) -> dict[str, str]:

@@ -41,6 +41,7 @@ from fulltune.inference import (
     load_for_inference,
 )
 from fulltune.objectives.classification import Classification
+from fulltune.recipes.columns import columns_as_options
 from fulltune.recipes.origin import (
     describe_origin,
     origin_path,
@@ -107,8 +108,10 @@ def run(
             other settings, or cannot be written.
     """
     started = time.monotonic()
-    records, layout, loaded = _open(model, source, columns, device, dtype, output, resume)
+    with columns_as_options():
+        records, layout, loaded = _open(model, source, columns, device, dtype, output, resume)
     _refuse_settings_without_effect(loaded, settings, too_long)
+    rows = ROWS_CLASSIFIED if loaded.kind == "classification" else ROWS_GENERATED
     num_kept = 0
     if output is not None:
         origin = describe_origin(
@@ -119,11 +122,12 @@ def run(
             too_long=too_long,
         )
         if resume and output.exists():
-            num_kept, end = _complete_lines(output, records)
-            if num_kept:
+            kept = _complete_lines(output, records, rows)
+            num_kept, records = kept.num_rows, kept.following
+            if kept.num_complete:
                 require_same_origin(output, origin)
             try:
-                os.truncate(output, end)
+                os.truncate(output, kept.num_bytes)
             except OSError as error:
                 raise _unwritable(output, error) from None
         try:
@@ -135,9 +139,9 @@ def run(
         objective = cast(Classification, build_objective(loaded, too_long=too_long))
     num_predicted = 0
     with _Sink(output, append=num_kept > 0 or (resume and output is not None)) as sink:
-        rows = ROWS_CLASSIFIED if objective else ROWS_GENERATED
         for chunk in in_chunks(records, rows):
-            predictions = _predict(chunk, layout, loaded, objective, settings, batch_tokens)
+            with columns_as_options():
+                predictions = _predict(chunk, layout, loaded, objective, settings, batch_tokens)
             sink.write(
                 [
                     {**_input_fields(record), FIELD: prediction}
@@ -327,12 +331,26 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _complete_lines(output: Path, records: Iterator[Record]) -> tuple[int, int]:
-    """Compare the lines of ``output`` with the rows: how many are complete, and where they end.
+@dataclass(frozen=True)
+class _Kept:
+    """What a call that resumes keeps of the lines of another one."""
 
-    ``records`` is moved past the rows that are kept.
+    num_rows: int
+    num_bytes: int
+    num_complete: int
+    """Lines that are whole, of which some may be made again."""
+    following: Iterator[Record]
+    """The rows after those that are kept."""
+
+
+def _complete_lines(output: Path, records: Iterator[Record], rows: int) -> _Kept:
+    """Compare the lines of ``output`` with the rows.
+
+    Lines are kept in whole batches of ``rows``: a probability depends in its last digits on the
+    rows beside it in a batch, and the file must equal that of an unbroken call.
     """
-    num_kept, end = 0, 0
+    num_kept, end, position, num_complete = 0, 0, 0, 0
+    begun: list[Record] = []  # of a batch that is not complete
     with output.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.endswith(b"\n"):
@@ -341,7 +359,7 @@ def _complete_lines(output: Path, records: Iterator[Record]) -> tuple[int, int]:
             written = _parse_line(output, number, line)
             if record is None:
                 raise RunFolderError(
-                    f"{output}:{number}: the input has only {num_kept} rows",
+                    f"{output}:{number}: the input has only {number - 1} rows",
                     hint="give the input that the file was made from, or another `--output`",
                 )
             if written != _input_fields(record):
@@ -349,9 +367,15 @@ def _complete_lines(output: Path, records: Iterator[Record]) -> tuple[int, int]:
                     f"{output}:{number}: is not the prediction of {record.where}",
                     hint="give the input that the file was made from, or another `--output`",
                 )
-            num_kept += 1
-            end += len(line)
-    return num_kept, end
+            begun.append(record)
+            position += len(line)
+            num_complete = number
+            if len(begun) == rows:
+                num_kept, end, begun = number, position, []
+    following = next(records, None)
+    if following is None:  # the last batch is as full as it will be
+        return _Kept(num_complete, position, num_complete, records)
+    return _Kept(num_kept, end, num_complete, itertools.chain(begun, [following], records))
 
 
 def _parse_line(output: Path, number: int, line: bytes) -> dict[str, Any]:

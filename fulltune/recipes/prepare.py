@@ -19,6 +19,7 @@ from fulltune.data.preview import Finding, PreviewFacts, check, examine
 from fulltune.data.records import check_source, read_records, source_fingerprint
 from fulltune.data.splits import Source, Split, Splittable, parse_validation, split_dataset
 from fulltune.data.tasks import ChatExample, Example, TaskConfig
+from fulltune.data.unknown_tokens import unknown_token_id
 from fulltune.errors import ConfigError, DataError, ModelError
 from fulltune.models.families import family_of
 from fulltune.models.loading import (
@@ -205,7 +206,12 @@ def prepare(
     elif isinstance(objective, Classification):
         _check_labels(objective.labels, dataset)
     ends = end_of_turn_ids(objective.tokenizer) if task.kind == "chat" else set()
-    facts = examine(dataset, sides(split, task), end_token_ids=ends)
+    facts = examine(
+        dataset,
+        sides(split, task),
+        end_token_ids=ends,
+        unknown_token_id=unknown_token_id(objective.tokenizer),
+    )
     findings = check(facts, may_truncate=may_truncate)
     return Prepared(
         objective, dataset, train, split.validation, facts, findings, tuple(notes), encoded.sources

@@ -16,6 +16,7 @@ from fulltune.data.encoding import EncodedDataset
 from fulltune.data.preview import check, examine
 from fulltune.data.sections import Sections
 from fulltune.data.sentence_pairs import SentencePairsConfig
+from fulltune.data.unknown_tokens import unknown_token_id
 from fulltune.errors import ConfigError, ModelError
 from fulltune.models.families import Family, family_of
 from fulltune.models.loading import (
@@ -83,6 +84,12 @@ class ObjectiveConfig(Settings):
 DEFAULT_LENGTH = 512
 FEW_DOCUMENTS = 20
 SECTION_TOKENS = 4096
+
+
+WITHOUT_EFFECT = frozenset({"task.labels", "task.template", "task.too_long"})
+"""Settings of the task that documents have no use for; a run refuses them."""
+ONLY_CHOICE = {"task.kind": "text", "task.format": "auto | text"}
+"""What pre-training accepts of settings that accept more elsewhere."""
 
 
 class Config(finetune.Config):
@@ -342,7 +349,7 @@ def prepare(
     # Sections have no columns of their own to count: then all is counted as one.
     everything = np.arange(len(encoded.joined))
     counted = {"train": everything} if isinstance(documents, Sections) else sides(split, task)
-    facts = examine(encoded.joined, counted)
+    facts = examine(encoded.joined, counted, unknown_token_id=unknown_token_id(objective.tokenizer))
     dataset = JoinedExamples(parts)
     train = np.arange(len(parts[0]), dtype=np.int64)
     validation = np.arange(len(parts[0]), len(dataset), dtype=np.int64)

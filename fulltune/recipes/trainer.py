@@ -46,7 +46,7 @@ from fulltune.runtime import (
     peak_memory_bytes,
     seed_everything,
 )
-from fulltune.tracking import Tracker, TrackingConfig, format_bytes
+from fulltune.tracking import Tracker, TrackingConfig, format_bytes, format_miss
 from fulltune.train.health import NonFiniteError, SpikeDetector, nonfinite_rows
 from fulltune.train.interruption import agreed, caught_signals
 from fulltune.train.loop import Ending, Progress, every, fit
@@ -357,7 +357,7 @@ class Trainer:
         )  # fmt: skip
         self.display.notice(
             f"memory: {format_bytes(measured)} at the peak, {format_bytes(predicted)} predicted "
-            f"({error:+.0%})"
+            f"({format_miss(error)})"
         )
 
     def _explain_nonfinite(self, error: NonFiniteError, micro_batches: list[MicroBatch]) -> None:

@@ -15,6 +15,15 @@ _TAGS = {
     "classification": ["text-classification"],
 }
 
+_HUB_LICENCES = frozenset(
+    {
+        "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0",
+        "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0",
+        "gemma", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3",
+    }
+)  # fmt: skip
+"""Names that the Hub knows; any other licence is `other` there, with its name beside it."""
+
 _LIMITS = {
     "chat": "it may state falsehoods fluently and has had no safety evaluation",
     "text": "it continues text in the manner of its data, true or not, and follows no instructions",
@@ -28,7 +37,8 @@ def render_model_card(manifest: Mapping[str, Any]) -> str:
     Args:
         manifest: of the run. Used where present: `name`, `base_model`, `base_model_hash`,
             `licence`, `task`, `data`, `settings`, `results`, `versions`, `machine`,
-            `duration_seconds`, `num_parameters`, `num_trained_parameters`, `weight_change`.
+            `duration_seconds`, `num_parameters`, `num_trained_parameters`, `weight_change`,
+            `base_model_on_hub`.
     """
     task = str(manifest.get("task") or "")
     parts = [
@@ -51,7 +61,7 @@ def render_model_card(manifest: Mapping[str, Any]) -> str:
         ]
         parts += ["## Data", _table(("source", "rows", "sha256"), rows)]
     if manifest.get("settings"):
-        rows = [(f"`{key}`", f"`{_line(value)}`") for key, value in flatten(manifest["settings"])]
+        rows = [(f"`{key}`", _setting(value)) for key, value in flatten(manifest["settings"])]
         parts += ["## Settings", _table(("setting", "value"), rows)]
     change = [group for group in manifest.get("weight_change") or () if "group" in group]
     if change:
@@ -89,10 +99,14 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, An
 
 def _front_matter(manifest: Mapping[str, Any], task: str) -> str:
     fields: dict[str, Any] = {}
-    if manifest.get("base_model"):
-        fields["base_model"] = str(manifest["base_model"])
+    if manifest.get("base_model_on_hub"):  # the Hub refuses what is not a name there
+        fields["base_model"] = str(manifest["base_model_on_hub"])
     if manifest.get("licence"):
-        fields["license"] = str(manifest["licence"])
+        licence = str(manifest["licence"])
+        name = licence.lower().replace(" ", "-")
+        fields["license"] = name if name in _HUB_LICENCES else "other"
+        if fields["license"] == "other":
+            fields["license_name"] = licence
     fields["library_name"] = "transformers"
     if task in _TAGS:
         fields["pipeline_tag"] = _TAGS[task][0]
@@ -145,6 +159,15 @@ def _value(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return _line(value)
+
+
+def _setting(value: object) -> str:
+    """A setting as its file has it."""
+    if value is None:
+        return "`null`"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{_line(value)}`" if str(value).strip() else '`""`'
 
 
 def _line(value: object) -> str:

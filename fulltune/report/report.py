@@ -30,7 +30,7 @@ from fulltune.report.charts import (
 )
 from fulltune.report.model_card import flatten, render_model_card
 from fulltune.report.run_record import MetricCourse, RunRecord, read_run
-from fulltune.tracking import format_bytes, format_duration, format_number, name_of
+from fulltune.tracking import format_bytes, format_duration, format_miss, format_number, name_of
 
 __all__ = ["render_model_card", "write_report"]
 
@@ -56,6 +56,9 @@ _EVENT_WORDS = {
 }
 
 _NAMES = {"cpu": "CPU", "gpu": "GPU"}
+
+_OF_THE_MACHINE = ("device", "precision", "matmul_rate", "predicted_memory_bytes")
+"""What may differ where a run goes on; all else is as at its start, which the page shows."""
 
 NUM_NAMED = 8
 """Rows named of those that a spike or a value that is not finite came from."""
@@ -120,6 +123,8 @@ def describe_run(run: RunRecord) -> dict[str, Any]:
         "caution": _caution(run),
         "results": _results(run),
         "kept_step": run.kept_step,
+        "written": str(run.written.get("dtype", "")),
+        "arithmetic": str(run.start.get("precision", "the arithmetic of training")),
         "judged": f"{judged.split} {_words(judged.metric)}" if judged is not None else "",
         "charts": _run_charts(run),
         "mark_keys": list(dict.fromkeys((mark.kind, mark.label) for mark in _marks(run))),
@@ -191,7 +196,7 @@ def _tiles(run: RunRecord) -> list[tuple[str, str, str]]:
         if judged is not None and course.metric == "accuracy" != judged.metric
     ]
     for course in shown:
-        value = course.at(run.kept_step)
+        value = run.result(course)
         if value is None:
             continue
         under = f"at step {run.kept_step:,}"
@@ -246,14 +251,19 @@ def _machine(run: RunRecord) -> tuple[str, str] | None:
 
 
 def _results(run: RunRecord) -> list[tuple[str, ...]]:
-    """Name of each metric, then its value before training, of the kept weights, and at the end."""
+    """Name of each metric, then its value before training, of the kept weights, and at the end.
+
+    Where the model was written more exactly than it was trained, its own value comes last.
+    """
     rows: list[tuple[str, ...]] = []
     judged = run.main_course()
     for course in sorted(run.courses(), key=lambda course: course != judged):
         kept = course.at(run.kept_step)
         name = f"{course.split} {_words(course.metric)}"
         before = course.first[1] if course.first[0] == 0 else None
-        cells = (before, kept, course.last[1])
+        cells = [before, kept, course.last[1]]
+        if run.written:
+            cells.append(run.result(course))
         rows.append(
             (name, *("–" if cell is None else _metric_value(course.metric, cell) for cell in cells))
         )
@@ -338,11 +348,17 @@ def _window(points: Sequence[object]) -> int:
 
 def _marks(run: RunRecord) -> list[Mark]:
     marks = []
+    interrupted = {event.get("step") for event in run.events if event["event"] == "interrupted"}
+    resumed = {event.get("step") for event in run.events if event["event"] == "resume"}
     for event in run.events:
         kind = event["event"]
+        if kind == "resume" and event.get("step") in interrupted:
+            continue  # one line in the chart says both
         if "step" in event and kind in ("spike", "nonfinite", "resume", "interrupted"):
             style = "spike" if kind == "nonfinite" else kind
-            marks.append(Mark(event["step"], _EVENT_WORDS[kind], style))
+            both = kind == "interrupted" and event["step"] in resumed
+            words = "interrupted, resumed" if both else _EVENT_WORDS[kind]
+            marks.append(Mark(event["step"], words, style))
     course = run.main_course()
     if course is not None and len(course.points) > 1 and run.best_step is not None:
         label = f"best {course.split} {_words(course.metric)}"
@@ -358,16 +374,26 @@ def _events(run: RunRecord) -> list[tuple[str, str, str, str]]:
         if kind not in _EVENT_WORDS:
             continue
         details = [
-            f"{_words(key)}: {_detail(value)}" if key not in ("text", "message") else str(value)
+            str(value) if key in ("text", "message") else _detail(key, value)
             for key, value in event.items()
             if key not in ("event", "time", "step")
+            and not (kind == "resume" and key not in _OF_THE_MACHINE)
         ]
         style = "spike" if kind == "nonfinite" else kind
         rows.append((style, f"{event.get('step', '')}", _EVENT_WORDS[kind], " · ".join(details)))
     return rows
 
 
-def _detail(value: object) -> str:
+def _detail(key: str, value: object) -> str:
+    """Name and value, in the unit that people use."""
+    if key.endswith("_bytes") and isinstance(value, int | float):
+        return f"{_words(key.removesuffix('_bytes'))}: {format_bytes(value)}"
+    if key == "matmul_rate" and isinstance(value, int | float):
+        return f"matrix products: {value / 1e9:,.0f} GFLOP/s"
+    return f"{_words(key)}: {_shown(value)}"
+
+
+def _shown(value: object) -> str:
     if isinstance(value, list) and len(value) > NUM_NAMED:
         return f"{_setting(value[:NUM_NAMED])} and {len(value) - NUM_NAMED:,} more"
     return format_number(value) if isinstance(value, float) else _setting(value)
@@ -427,7 +453,7 @@ def _memory(run: RunRecord) -> tuple[str, Markup]:
     measured, predicted = float(event["measured_bytes"]), float(event["predicted_bytes"])
     sentence = (
         f"{format_bytes(predicted)} predicted before the first step, {format_bytes(measured)} "
-        f"measured after step {event['step']} ({float(event['error']):+.0%})"
+        f"measured after step {event['step']} ({format_miss(float(event['error']))})"
     )
     bars = [(f"measured, step {event['step']}", measured)]
     peak = _peak_memory(run)
@@ -501,7 +527,7 @@ def describe_comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
             if course is None:
                 cells.append("–")
                 continue
-            value = course.at(run.kept_step)
+            value = run.result(course)
             cells.append("–" if value is None else _metric_value(metric, value))
         rows.append((f"{split} {_words(metric)}", cells))
     rows.append(

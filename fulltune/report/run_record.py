@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from fulltune.data.preview import Finding, PreviewFacts
 from fulltune.data.tasks import TASKS
 from fulltune.errors import DataError, RunFolderError
-from fulltune.tracking import read_metrics
+from fulltune.tracking import read_metrics, show_answer
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,20 @@ class RunRecord:
         steps = [int(event["step"]) for event in self.events if event["event"] == "evaluation"]
         return self.best_step or (steps[-1] if steps else None)
 
+    @property
+    def written(self) -> Mapping[str, Any]:
+        """The event that measured the model as it was written; nothing where that was no other.
+
+        In training the weights are in its arithmetic; the model may be written more exactly.
+        """
+        return next((event for event in reversed(self.events) if event["event"] == "result"), {})
+
+    def result(self, course: MetricCourse) -> float | None:
+        """What `fulltune evaluate` gives: as written, else the evaluation of the kept weights."""
+        if course.split == "validation" and course.metric in self.written:
+            return float(self.written[course.metric])
+        return course.at(self.kept_step)
+
     def main_course(self) -> MetricCourse | None:
         """The metric that the run is judged by: the one of its settings, else the task's first."""
         courses = self.courses()
@@ -283,9 +297,9 @@ def _pair_samples(samples: list[Mapping[str, Any]]) -> tuple[SamplePair, ...]:
             SamplePair(
                 prompt=tuple(prompt),
                 first_step=int(first["step"]),
-                before=str(first["answer"]),
+                before=show_answer(first),
                 last_step=int(last["step"]) if several else None,
-                after=str(last["answer"]) if several else None,
+                after=show_answer(last) if several else None,
                 reference=str(last["reference"]) if last.get("reference") else None,
             )
         )

@@ -15,9 +15,11 @@ from fulltune.tracking.log import MetricsLog, read_metrics
 from fulltune.tracking.numbers import (
     format_bytes,
     format_duration,
+    format_miss,
     format_number,
     name_of,
     printable,
+    show_answer,
 )
 from fulltune.tracking.sinks import Tracker, TrackingConfig, check_sinks
 
@@ -31,10 +33,12 @@ __all__ = [
     "check_sinks",
     "format_bytes",
     "format_duration",
+    "format_miss",
     "format_number",
     "make_display",
     "name_of",
     "printable",
     "read_metrics",
+    "show_answer",
     "stderr_console",
 ]

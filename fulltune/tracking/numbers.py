@@ -1,8 +1,15 @@
-"""Numbers as people write them."""
+"""Numbers and answers as people write them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def show_answer(sample: Mapping[str, Any]) -> str:
+    """The answer of a sample, with a mark where the longest length cut it off."""
+    return f"{sample['answer']}{'' if sample.get('stopped', True) else ' …'}"
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -10,6 +17,14 @@ def format_bytes(num_bytes: float) -> str:
     if num_bytes >= 1024**3:
         return f"{num_bytes / 1024**3:.1f} GiB"
     return f"{num_bytes / 1024**2:.0f} MiB"
+
+
+def format_miss(error: float) -> str:
+    """A prediction's relative error in words: `13% too low`."""
+    percent = round(abs(error) * 100)
+    if percent == 0:
+        return "right within 1%"
+    return f"{percent}% too {'high' if error > 0 else 'low'}"
 
 
 def format_duration(seconds: float) -> str:

@@ -55,9 +55,11 @@ def check_run_folder(folder: Path, config: S, *, resume: bool) -> S | None:
             ) from None
         state = "a finished" if is_finished(folder) else "an unfinished"
         if not resume:
-            go_on = "" if is_finished(folder) else ", or go on with it by `--resume`"
+            use = "go on with it by `--resume`"
+            if is_finished(folder):
+                use = f"look at it by `fulltune evaluate {folder}` or `fulltune report {folder}`"
             raise RunFolderError(
-                f"`{folder}` holds {state} run", hint=f"give `run_dir` another name{go_on}"
+                f"`{folder}` holds {state} run", hint=f"give `run_dir` another name, or {use}"
             )
         differing = [
             key

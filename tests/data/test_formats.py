@@ -403,9 +403,9 @@ def test_an_unknown_layout_lists_what_is_there_and_what_is_possible() -> None:
         "train.jsonl has the columns `question`, `answer`; that is no known format of kind `chat`"
     )
     assert error.hint == (
-        "possible are messages (messages); sharegpt (conversations); "
-        "alpaca (instruction, output); prompt_completion (prompt, completion); "
-        "map other names with `task.columns={messages: COLUMN}`"
+        "it needs `messages`, or `conversations`, or `instruction` and `output`, "
+        "or `prompt` and `completion`; "
+        "map the names of yours with `task.columns={prompt: question, completion: answer}`"
     )
 
 

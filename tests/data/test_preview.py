@@ -5,11 +5,13 @@ import json
 import time
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.preview import Finding, PreviewFacts, check, examine, require_sound, to_json
@@ -18,10 +20,12 @@ from fulltune.data.preview_view import (
     SampleView,
     TokenView,
     render_terminal,
+    rows_of,
     runs_of,
     view_tokens,
 )
 from fulltune.data.tasks import TaskKind
+from fulltune.data.unknown_tokens import unknown_token_id
 from fulltune.errors import DataError
 
 END = 2
@@ -101,12 +105,18 @@ def facts_of(
     kind: TaskKind = "chat",
     num_held_out: int = 0,
     end_token_ids: set[int] | None = None,
+    unknown_token_id: int | None = None,
 ) -> PreviewFacts:
     cut = len(rows) - num_held_out
     splits: dict[str, npt.NDArray[np.integer]] = {"train": np.arange(cut)}
     if num_held_out:
         splits["validation"] = np.arange(cut, len(rows))
-    return examine(Rows(rows, kind), splits, end_token_ids=end_token_ids or set())
+    return examine(
+        Rows(rows, kind),
+        splits,
+        end_token_ids=end_token_ids or set(),
+        unknown_token_id=unknown_token_id,
+    )
 
 
 def only(findings: Sequence[Finding], word: str) -> Finding:
@@ -234,7 +244,7 @@ def test_leaks_between_splits_count_examples_and_inputs_apart() -> None:
 
     assert finding.level == "warning"
     assert "`validation` shares 2 examples with `train`" in finding.message
-    assert "1 the whole example, 1 the input alone" in finding.message
+    assert "1 whole, 1 with the same input but another target" in finding.message
     assert finding.where == ("chat.jsonl:4", "chat.jsonl:5")
 
 
@@ -551,3 +561,37 @@ def test_the_page_marks_tokens_by_state_and_follows_the_colour_scheme() -> None:
     assert '<span class="trained"><i>巴黎</i><i>&lt;|im_end|&gt;</i></span>' in text
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
+
+
+# -- text that the tokenizer cannot write ----------------------------------------------------------
+
+
+def test_unknown_tokens_are_counted_shown_and_warned_of() -> None:
+    facts = facts_of([class_row(0, "a"), class_row(1, "b")], kind="classification",
+                     unknown_token_id=5)  # fmt: skip
+    unknown = facts.splits[0].unknown
+    assert unknown is not None
+    assert (unknown.num_unknown, unknown.num_tokens) == (2, 6)
+    assert ("unknown tokens", ["2 (33.3%)"]) in rows_of(facts)
+    finding = only(check(facts), "unknown token")
+    assert finding.level == "warning"
+    assert "33.3%" in finding.message
+    assert finding.where == ("reviews.csv:2", "reviews.csv:3")
+    assert PreviewFacts.model_validate_json(facts.model_dump_json()) == facts
+
+
+def test_few_unknown_tokens_are_counted_without_a_warning() -> None:
+    rows = [chat_row(0, answer=[*range(100, 140), END]), chat_row(1, answer=(3, END))]
+    facts = facts_of(rows, unknown_token_id=3)
+    assert ("unknown tokens", ["1 (2.1%)"]) in rows_of(facts)
+    assert not [finding for finding in check(facts) if "unknown" in finding.message]
+
+
+def test_an_end_of_text_that_is_called_unknown_is_not_counted(
+    tiny_gpt2: Path, tiny_bert: Path
+) -> None:
+    gpt2, bert = (AutoTokenizer.from_pretrained(folder) for folder in (tiny_gpt2, tiny_bert))
+    gpt2.unk_token = gpt2.eos_token
+    assert unknown_token_id(gpt2) is None
+    assert unknown_token_id(bert) == bert.unk_token_id
+    assert bert.unk_token_id in bert("这里没有这些字龘")["input_ids"]

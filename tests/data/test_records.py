@@ -233,7 +233,7 @@ def test_a_missing_file_names_files_like_it(tmp_path: Path) -> None:
     written(tmp_path / "train.jsonl", "{}")
     error = refusal(f"{tmp_path}/trian.jsonl")
     assert str(error) == f"`{tmp_path}/trian.jsonl` does not exist"
-    assert error.hint == "did you mean `train.jsonl`?"
+    assert error.hint == f"did you mean `{tmp_path}/train.jsonl`?"
     error = refusal(f"{tmp_path}/questions.csv")
     assert error.hint == f"looked in `{tmp_path}`; data files there: `train.jsonl`"
     error = refusal(f"{tmp_path}/dta/train.jsonl")
@@ -309,7 +309,29 @@ def test_another_encoding_is_named_by_line_and_byte(tmp_path: Path, name: str, b
     error = refusal(path)
     assert str(error) == f"{path}:2: not UTF-8: byte 8 is 0xe9"
     assert error.hint
-    assert f"iconv -f WINDOWS-1252 -t UTF-8 {path} > utf8-{name}" in error.hint
+    assert f"iconv -f ENCODING -t UTF-8 {path} > utf8-{name}" in error.hint
+    assert "WINDOWS-1252 (Western) or GB18030 (Chinese Excel)" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "guess"),
+    [
+        ("gb18030", "问题,答案", "GB18030"),
+        ("gbk", "今天天气很好，我们去公园散步。,正面", "GB18030"),
+        ("big5", "今天天氣很好，我們去公園散步。", "BIG5"),
+        ("shift_jis", "今日はとてもいい天気です。", "SHIFT_JIS"),
+        ("cp1252", "Où est passé l'été déjà à Orléans ?", None),
+        ("cp1252", "Die Größe über dem Äußeren", None),
+        ("cp1251", "Сегодня очень хорошая погода", None),
+    ],
+)
+def test_an_encoding_is_guessed_only_where_the_line_reads_well_in_it(
+    tmp_path: Path, encoding: str, text: str, guess: str | None
+) -> None:
+    path = written(tmp_path / "a.csv", f"a\n{text}\n".encode(encoding))
+    hint = refusal(path).hint
+    assert hint
+    assert f"iconv -f {guess or 'ENCODING'} -t UTF-8" in hint
 
 
 def test_utf_16_is_recognised(tmp_path: Path) -> None:

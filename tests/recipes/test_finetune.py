@@ -349,6 +349,20 @@ def test_two_processes_cannot_train_in_one_folder(
     assert "another process is training" in done.stderr
 
 
+def test_tokens_that_are_not_in_the_data_are_said_not_to_move(
+    tiny_bert: Path, classification_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    config = make_config(run, tiny_bert, classification_file, "classification")
+    finetune.run(config)
+    before = load_file(tiny_bert / "model.safetensors")["embeddings.word_embeddings.weight"]
+    after = load_file(run / "model" / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
+    num_still = int((before == after).all(dim=1).sum())
+    assert 0 < num_still < len(before)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{num_still:,} of {len(before):,} rows of the embedding did not" in said
+
+
 def test_retention_is_measured_on_a_text_of_its_own(
     tmp_path: Path, tiny_llama: Path, chat_file: Path, text_file: Path
 ) -> None:

@@ -98,11 +98,45 @@ def test_a_resumed_file_equals_an_unbroken_one_wherever_it_was_torn(
     output = tmp_path / "out.jsonl"
     output.write_bytes(whole[: int(len(whole) * share)])
     kept = output.read_bytes().count(b"\n")
+    if kept < 40:  # only whole batches are kept: answers depend on it in their last bits
+        kept = kept // predict.ROWS_GENERATED * predict.ROWS_GENERATED
     result = predict.run(
         str(tiny_llama), str(chat_file), output=output, resume=True, settings=SHORT
     )
     assert output.read_bytes() == whole
     assert (result.num_kept, result.num_predicted) == (kept, 40 - kept)
+
+
+def test_resumed_probabilities_equal_those_of_one_call_to_the_last_digit(
+    classifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "ROWS_CLASSIFIED", 16)
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"text": "where is the house " * (1 + number % 7)} for number in range(40)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    predict.run(classifier, str(source), output=output)
+    whole = output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:27]) + lines[27][:30])
+    result = predict.run(classifier, str(source), output=output, resume=True)
+    assert output.read_bytes() == whole
+    assert (result.num_kept, result.num_predicted) == (16, 24)
+
+
+def test_a_column_of_another_name_is_mapped_by_an_option(
+    tiny_llama: Path, classifier: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text("question,topic\nWhere is it?,place\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no known format") as caught:
+        predict.run(str(tiny_llama), str(source))
+    assert caught.value.hint == (
+        "it needs `messages`, or `conversations`, or `instruction`, or `prompt`; "
+        "map the names of yours with `--column prompt=question`"
+    )
+    with pytest.raises(DataError, match="no column `text`") as caught:
+        predict.run(classifier, str(source))
+    assert "map another name with `--column text=" in str(caught.value.hint)
 
 
 def test_resume_starts_where_there_is_no_output_yet(

@@ -25,6 +25,7 @@ from fulltune.data.preview import (
 )
 from fulltune.errors import DataError, RunFolderError
 from fulltune.recipes import finetune
+from fulltune.recipes.finish import name_on_hub
 from fulltune.report import render_model_card, write_report
 from fulltune.report.charts import (
     Mark,
@@ -372,6 +373,36 @@ def test_the_kept_weights_are_the_best_or_the_last_where_the_base_model_was_best
     )
 
 
+def test_the_headline_is_the_model_as_it_was_written(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with MetricsLog(run / "metrics.jsonl") as log:
+        log.write("result", step=300, dtype="fp32", loss=0.8559, perplexity=2.3535)
+    text = " ".join(report(tmp_path, run)[1].text.split())
+    assert "validation loss 0.8559" in text.replace("validation loss0", "validation loss 0")
+    assert "model as written, fp32" in text
+    assert "which is what fulltune evaluate gives" in text
+
+
+def test_an_interruption_stays_visible_where_the_run_went_on_from_its_step(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "run" / "metrics.jsonl") as log:
+        log.write("start", step=0, num_steps=4, num_parameters=1000)
+        for step in range(1, 5):
+            log.write("step", step=step, loss=1.0, lr=1e-5, seconds=1.0)
+            if step == 2:
+                log.write("interrupted", step=2, signal="SIGINT")
+                log.write(
+                    "resume", step=2, num_steps=4, num_parameters=1000, matmul_rate=4.84e11,
+                    predicted_memory_bytes=2**30,
+                )  # fmt: skip
+    page = report(tmp_path, tmp_path / "run")[1]
+    assert "interrupted, resumed" in page.text
+    assert "484 GFLOP/s" in page.text
+    assert "1.0 GiB" in page.text
+    happened = page.text[page.text.index("What happened") :]
+    assert "1,000" not in happened
+    assert "1000" not in happened
+
+
 @pytest.mark.parametrize(
     ("kind", "model", "data"),
     [
@@ -502,10 +533,12 @@ def test_a_page_that_cannot_be_written_is_an_error_with_its_place(tmp_path: Path
 
 
 def test_the_model_card_has_front_matter_and_measured_facts() -> None:
-    card = render_model_card(make_manifest())
+    manifest = make_manifest() | {"base_model_on_hub": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    manifest["settings"]["retention"] = None
+    card = render_model_card(manifest | {"licence": "Apache-2.0"})
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "base_model": "SmolLM2-135M-Instruct",
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "license": "apache-2.0",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -515,9 +548,21 @@ def test_the_model_card_has_front_matter_and_measured_facts() -> None:
     assert "| loss | 1.215 |" in body
     assert "| `data/train.jsonl` | 18,421 | `9f9f" in body
     assert "| `optimizer.lr` | `2e-05` |" in body
+    assert "| `retention` | `null` |" in body
     assert "no safety evaluation" in body
     assert "<script>" not in body
     assert "8.0 GiB" in body
+
+
+def test_a_model_card_tells_the_hub_no_name_that_it_does_not_know() -> None:
+    card = render_model_card(make_manifest() | {"licence": "research use"})
+    front = yaml.safe_load(card.split("---\n", 2)[1])
+    assert "base_model" not in front
+    assert (front["license"], front["license_name"]) == ("other", "research use")
+    assert name_on_hub("asset:smollm2-135m-instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert name_on_hub("bert-org/bert") == "bert-org/bert"
+    assert name_on_hub("/models/bert") is None
+    assert name_on_hub("tests/report") is None
 
 
 def test_a_model_card_of_an_empty_manifest_claims_nothing() -> None:
