@@ -185,6 +185,7 @@ def build_objective(
         pooling=family.pooling,
         too_long=too_long,
         packing=family.can_pack,
+        own_forward=family.pools_real_tokens,
     )
 
 

@@ -3,8 +3,8 @@
 A model belongs to a family by its `config.model_type`. Nothing else in the package asks which
 family a model is of; it reads one of the values here.
 
-Shape suffixes: D documents, N masked positions, H hidden size, E size of the output embedding,
-C classes.
+Shape suffixes: B rows, T tokens, D documents, N masked positions, H hidden size, E size of the
+output embedding, C classes.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ class Family:
     """What the masked-LM head does before the output embedding, [N, H] -> [N, E]; None without."""
     relate_sentences: Callable[[Any, Tensor], Any] | None = None
     """Applies the sentence-pair head to the first token of each pair, [D, H] -> [D, 2]; or None."""
+    pools_real_tokens: bool = True
+    """Whether transformers' own forward of a classifier reads the `pooling` token of each row
+    whatever the rows beside it are; otherwise the hidden states are pooled here."""
+    decoder_input: Callable[[Any, Tensor], Any] | None = None
+    """What the decoder of a classifier reads, [B, T] -> [B, T]; None without a decoder."""
     positions_after_padding: bool = False
     """Whether positions start at the padding id + 1, which shortens the context by as much."""
     config_values: Mapping[str, object] = field(default_factory=dict)
@@ -126,6 +131,10 @@ def _t5(model: Any, hidden_DH: Tensor) -> Any:
     return model.classification_head(hidden_DH)
 
 
+def _t5_decoder_input(model: Any, ids_BT: Tensor) -> Any:
+    return model._shift_right(ids_BT)
+
+
 GPT = Family(
     name="gpt",
     pooling="last",
@@ -172,6 +181,7 @@ XLNET = Family(
     dropout_fields=("dropout", "summary_last_dropout"),
     can_generate=False,
     classify=_xlnet,
+    pools_real_tokens=False,  # but the last place of a row, padding or not
 )
 T5 = Family(
     name="t5",
@@ -180,6 +190,9 @@ T5 = Family(
     dropout_fields=("dropout_rate", "classifier_dropout"),
     can_generate=False,
     classify=_t5,
+    # But the last end token, and it refuses rows that have unlike numbers of them.
+    pools_real_tokens=False,
+    decoder_input=_t5_decoder_input,
 )
 
 # Measured, not read off: a packed row gave each of these the same hidden states as its documents
@@ -281,6 +294,23 @@ def layer_of(parameter_name: str, model: PreTrainedModel) -> Part:
     if inside and (match := _LAYER.search(parameter_name)):
         return int(match[1])
     return "embeddings" if inside and _EMBEDDINGS.search(parameter_name) else "head"
+
+
+def classification_states(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """The last hidden states that the classification head of a model reads one of.
+
+    Args:
+        model: an `AutoModelForSequenceClassification`.
+        inputs: of its body; ``input_ids`` int64 [B, T] among them.
+
+    Returns:
+        [B, T, H]; of an encoder-decoder, the decoder's, which reads the text once more.
+    """
+    more = {}
+    if decoder_input := family_of(model.config).decoder_input:
+        more["decoder_input_ids"] = decoder_input(model, inputs["input_ids"])
+    states_BTH: Tensor = model.base_model(**inputs, **more).last_hidden_state
+    return states_BTH
 
 
 def classification_logits(model: PreTrainedModel, hidden_DH: Tensor) -> Tensor:

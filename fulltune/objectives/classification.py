@@ -1,4 +1,4 @@
-"""One label for a text or a pair of texts, on a decoder or an encoder.
+"""One label for a text or a pair of texts, on a model of any family.
 
 Shape suffixes: D documents, B rows, T tokens, H hidden size, C classes.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from fulltune.data.encoding import EncodedExample, content_hash
 from fulltune.data.tasks import ClassificationExample, Example
 from fulltune.errors import DataError
-from fulltune.models.families import classification_logits
+from fulltune.models.families import classification_logits, classification_states
 from fulltune.objectives.base import (
     Batch,
     Scores,
@@ -38,8 +38,9 @@ class ClassificationBatch(TypedDict):
 
     input_ids:      int64 [1, T] packed documents, or [B, T] right-padded where packing is off.
     label_indices:  int64 [D], the class of each document; ``UNLABELLED`` when only predicting.
-    pooled_positions: int64 [D], into the packed row: the token whose hidden state the head reads,
-                    the first or the last of each document; absent where packing is off.
+    pooled_positions: int64 [D], into the flattened tokens: the token whose hidden state the head
+                    reads, the first or the last of each document; absent where transformers' own
+                    forward chooses it.
     token_type_ids: int64, shaped like ``input_ids``; absent where the model has no segments.
     attention_mask: int64 [B, T], 1 on tokens and 0 on padding; absent when packed.
     position_ids, cu_seq_lens_q, ...: document boundaries, present when packed.
@@ -68,6 +69,7 @@ class Classification:
         too_long: what happens to a longer one.
         pooling: which token of a document the head reads.
         packing: whether the model isolates documents packed into one row.
+        own_forward: whether padded rows go through the model's own forward, which then pools.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -76,6 +78,7 @@ class Classification:
     pooling: Literal["first", "last"]
     too_long: TooLong = "error"
     packing: bool = True
+    own_forward: bool = True
     label_smoothing: float = 0.0
 
     @property
@@ -150,7 +153,7 @@ class Classification:
             examples, packing=self.packing, padding=self.tokenizer.pad_token_id or 0
         )
         batch["label_indices"] = torch.tensor([self._label_index(example) for example in examples])
-        if self.packing:
+        if self.packing or not self.own_forward:
             lengths_D = torch.tensor([len(example["input_ids"]) for example in examples])
             last = self.pooling == "last"
             batch["pooled_positions"] = starts_D + lengths_D - 1 if last else starts_D
@@ -175,10 +178,9 @@ class Classification:
     def logits(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """Scores before the softmax: float32 [D, C]."""
         inputs = model_inputs(batch, (*MODEL_INPUTS, "token_type_ids"))
-        if not self.packing:
+        if "pooled_positions" not in batch:
             return cast(Tensor, model(**inputs).logits).float()
-        output = model.base_model(**inputs)
-        hidden_DH = output.last_hidden_state[0, batch["pooled_positions"]]
+        hidden_DH = classification_states(model, inputs).flatten(0, 1)[batch["pooled_positions"]]
         return classification_logits(model, hidden_DH).float()
 
     def loss_sum(self, model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -160,6 +160,7 @@ def make_objective(
             family.pooling,
             too_long=task.too_long,
             packing=family.can_pack,
+            own_forward=family.pools_real_tokens,
             label_smoothing=label_smoothing,
         )
     if not family.can_generate:
