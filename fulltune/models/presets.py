@@ -51,6 +51,16 @@ def _bert(width: int, layers: int) -> Preset:
     )
 
 
+def _modernbert(width: int, layers: int, heads: int, **more: Any) -> Preset:
+    values = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 3 * width // 2,
+    }
+    return Preset("modernbert", {**values, **more})
+
+
 def _xlnet(width: int, layers: int, heads: int) -> Preset:
     values = {"d_model": width, "n_layer": layers, "n_head": heads, "d_inner": 4 * width}
     return Preset("xlnet", values)
@@ -105,6 +115,9 @@ PRESETS: dict[str, Preset] = {
     "bert-medium": _bert(512, 8),
     "bert-base": _bert(768, 12),
     "bert-large": _bert(1024, 24),
+    # Warner et al., 2024: rotated positions. Its start is for wide models; the tiny one's is not.
+    "modernbert-tiny": _modernbert(128, 2, 2, initializer_range=0.1, max_position_embeddings=512),
+    "modernbert-base": _modernbert(768, 22, 12),
     "xlnet-tiny": _xlnet(128, 2, 2),
     "xlnet-mini": _xlnet(256, 4, 4),
     "xlnet-base": _xlnet(768, 12, 12),
