@@ -181,6 +181,8 @@ def make_config(
     config.vocab_size = len(tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
+    for name in {"cls_token_id", "sep_token_id"} & known:  # ModernBERT's, of its own vocabulary
+        setattr(config, name, getattr(tokenizer, name))
     if config.is_encoder_decoder:
         config.decoder_start_token_id = tokenizer.pad_token_id
     return config

@@ -15,7 +15,7 @@ from fulltune.models.presets import PRESETS, make_config
 PUBLISHED = {
     # Without the vocabulary's embeddings, in millions: the papers' own shapes.
     "gpt2-small": 85.8, "gpt2-xl": 1477.0, "bert-base": 85.6, "bert-large": 303.3,
-    "bert-tiny": 0.48, "llama-135m": 106.2,
+    "bert-tiny": 0.48, "llama-135m": 106.2, "modernbert-base": 110.0,
 }  # fmt: skip
 
 
@@ -25,6 +25,7 @@ def test_every_size_makes_a_config_that_fits_the_tokenizer(size: str, tiny_bert:
     config = make_config(size, tokenizer, {})
     assert config.vocab_size == len(tokenizer)
     assert config.pad_token_id == tokenizer.pad_token_id
+    assert getattr(config, "cls_token_id", None) in (None, tokenizer.cls_token_id)
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
