@@ -188,7 +188,7 @@ def main() -> int:
     parser.add_argument("--validation", default="500 examples", help="how many are held out")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32, help="examples of a step")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[5e-4, 2e-3])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[5e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     arguments = parser.parse_args()
