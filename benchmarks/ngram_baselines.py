@@ -310,10 +310,13 @@ def open_config(folder: Path) -> pretrain.Config:
             f"`{folder}` is no run of pre-training", hint="name a run of `fulltune pretrain`"
         )
     config = build_config(pretrain.Config, values)
-    if config.objective.name == "sentence_pairs" or config.objective.spans.mixture == "ul2":
+    chosen = config.objective
+    one_text = not (chosen.permutation.pairs or chosen.permutation.backward)
+    if chosen.name == "sentence_pairs" or chosen.spans.mixture == "ul2" or not one_text:
         raise ConfigError(
-            f"the loss of `{folder}` is not of tokens alone, so counts have nothing to say of it",
-            hint="name a run without sentence pairs, and of one kind of noise",
+            f"the loss of `{folder}` is not of tokens in the order of the text alone, so counts "
+            "have nothing to say of it",
+            hint="name a run without pairs and reversed text, and of one kind of noise",
         )
     return config
 

@@ -87,13 +87,13 @@ def test_counts_and_model_are_asked_for_the_same_targets(
     assert found.margin < 0
 
 
-def test_a_loss_that_is_not_of_tokens_alone_is_refused(
+def test_a_loss_that_is_not_of_tokens_in_their_order_alone_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = pretrain_a_little(tmp_path, "bert", {"name": "sentence_pairs"})
     monkeypatch.setattr(sys, "argv", ["ngram_baselines.py", str(run)])
     assert ngrams.main() == 2
-    assert "not of tokens alone" in capsys.readouterr().err
+    assert "not of tokens in the order" in capsys.readouterr().err
 
 
 def test_a_bigram_gives_every_context_a_distribution_that_counts_decide() -> None:
