@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import jinja2
 
-from fulltune.data.preview import Finding, PreviewFacts, SplitFacts
+from fulltune.data.preview_facts import Finding, PreviewFacts, SplitFacts
 from fulltune.data.preview_view import (
     MEANINGS,
     SampleView,

@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fulltune.data.preview import TRAIN, Finding, PreviewFacts, SplitFacts
+from fulltune.data.preview_facts import TRAIN, Finding, PreviewFacts, SplitFacts
 
 TokenState: TypeAlias = Literal["trained", "replaced", "context", "truncated", "padding"]
 

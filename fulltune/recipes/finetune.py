@@ -14,7 +14,7 @@ from pydantic import Field
 
 from fulltune.config import BatchSize, Duration, Period, Quantity, Settings
 from fulltune.data.formats import make_example, recognise_format
-from fulltune.data.preview import require_sound
+from fulltune.data.preview_checks import require_sound
 from fulltune.data.records import check_source, read_records
 from fulltune.data.tasks import TaskConfig, TextExample
 from fulltune.errors import ConfigError

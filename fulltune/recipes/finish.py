@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fulltune import __version__
 from fulltune.assets import PREFIX, find_asset
-from fulltune.data.preview import to_json
+from fulltune.data.preview_facts import to_json
 from fulltune.errors import CheckpointError, RunFolderError
 from fulltune.inference import stop_ids
 from fulltune.models.kernels import install_fast_kernels

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from fulltune.data.encoding import EncodedExample
-from fulltune.data.preview import ArrangedFacts
+from fulltune.data.preview_facts import ArrangedFacts
 from fulltune.data.preview_view import SampleView, TokenState, view_states
 from fulltune.objectives.causal_stream import CausalStream
 from fulltune.objectives.masked_lm import MaskedLM

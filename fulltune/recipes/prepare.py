@@ -15,7 +15,9 @@ from fulltune.data.chat import end_of_turn_ids
 from fulltune.data.encoding import EncodedDataset, encode_dataset
 from fulltune.data.formats import ROWS_LOOKED_AT, make_example, recognise_format
 from fulltune.data.joined import JoinedDataset
-from fulltune.data.preview import Finding, PreviewFacts, check, examine
+from fulltune.data.preview import examine
+from fulltune.data.preview_checks import check
+from fulltune.data.preview_facts import Finding, PreviewFacts
 from fulltune.data.records import check_source, read_records, source_fingerprint
 from fulltune.data.splits import Source, Split, Splittable, parse_validation, split_dataset
 from fulltune.data.tasks import ChatExample, Example, TaskConfig

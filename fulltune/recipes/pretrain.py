@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 from fulltune.config import Settings
 from fulltune.data.arranged import JoinedExamples
 from fulltune.data.encoding import EncodedDataset
-from fulltune.data.preview import check, examine
+from fulltune.data.preview import examine
+from fulltune.data.preview_checks import check
 from fulltune.data.sections import Sections
 from fulltune.data.sentence_pairs import SentencePairsConfig
 from fulltune.data.unknown_tokens import unknown_token_id

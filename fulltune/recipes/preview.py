@@ -13,7 +13,7 @@ from fulltune.config import load_config, read_yaml
 from fulltune.data.joined import JoinedDataset
 from fulltune.data.loader import Loader
 from fulltune.data.padding import measure_padding
-from fulltune.data.preview import to_json
+from fulltune.data.preview_facts import to_json
 from fulltune.data.preview_page import render_html
 from fulltune.data.preview_view import (
     SampleView,

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from fulltune.data.preview import PreviewFacts
+from fulltune.data.preview_facts import PreviewFacts
 from fulltune.data.preview_page import length_columns
 from fulltune.data.preview_view import NUM_LABELS, rows_of, visible
 from fulltune.errors import RunFolderError

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from fulltune.data.preview import Finding, PreviewFacts
+from fulltune.data.preview_facts import Finding, PreviewFacts
 from fulltune.data.tasks import TASKS
 from fulltune.errors import DataError, RunFolderError
 from fulltune.tracking import read_metrics, show_answer

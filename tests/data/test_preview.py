@@ -14,7 +14,9 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from fulltune.data.encoding import EncodedExample
-from fulltune.data.preview import Finding, PreviewFacts, check, examine, require_sound, to_json
+from fulltune.data.preview import examine
+from fulltune.data.preview_checks import check, require_sound
+from fulltune.data.preview_facts import Finding, PreviewFacts, to_json
 from fulltune.data.preview_page import render_html
 from fulltune.data.preview_view import (
     SampleView,

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fulltune.data.preview import PreviewFacts
+from fulltune.data.preview_facts import PreviewFacts
 from fulltune.data.tokenizers import (
     TokenizerConfig,
     TokenizerFamily,

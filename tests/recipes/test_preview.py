@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
 from fulltune.config import build_config
-from fulltune.data.preview import PreviewFacts
+from fulltune.data.preview_facts import PreviewFacts
 from fulltune.objectives.base import collate_tokens
 from fulltune.recipes import finetune, preview
 from fulltune.recipes.prepare import make_objective, open_base, prepare

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from fulltune.config import build_config
-from fulltune.data.preview import (
+from fulltune.data.preview_facts import (
     Bar,
     Finding,
     LabelFacts,
