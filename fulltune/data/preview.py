@@ -1,7 +1,7 @@
 """What is trained on, counted over all examples before the first step.
 
-`examine` counts, `preview_checks` judges, `preview_view` and `preview_page` show. The verb `preview`
-and training call the same functions.
+`examine` counts, `preview_checks` judges, `preview_view` and `preview_page` show the result, to the
+verb `preview` and in training alike.
 """
 
 from __future__ import annotations
