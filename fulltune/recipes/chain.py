@@ -131,7 +131,7 @@ def _take(step: Settings, verb: str, *, resume: bool) -> StepResult | None:
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {
-        name: float(value)
+        name: value
         for name, value in values.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }

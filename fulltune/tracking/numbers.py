@@ -41,7 +41,9 @@ def format_duration(seconds: float) -> str:
 
 
 def format_number(value: float) -> str:
-    """Four figures at most, without an exponent where people would not write one."""
+    """A count as it is; else four figures at most, with an exponent only where people write one."""
+    if isinstance(value, int):
+        return f"{value:,}"
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if value == 0:
