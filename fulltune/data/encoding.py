@@ -81,7 +81,7 @@ SENTENCE_START = 2
 
 
 # Changes whenever the columns below, or what is written in them, change.
-_FORMAT_VERSION = 4
+_FORMAT_VERSION = 5
 
 # One unit of work, of the cache and of recovery after a crash. Its bounds do not depend on the
 # number of workers, so neither do the rows nor the files.

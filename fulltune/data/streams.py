@@ -82,7 +82,11 @@ class TokenStream:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> EncodedExample:
-        """A window; its bytes are those of its documents, in proportion to its tokens of each."""
+        """A window; its bytes are those of its documents, in proportion to its tokens of each.
+
+        The first token's are left out: only losses of next tokens are measured per byte, and it has
+        nothing before it to be predicted from.
+        """
         start, end, first = self._place(index)
         input_ids: list[int] = []
         boundaries: list[int] = []
@@ -105,6 +109,7 @@ class TokenStream:
             if length:
                 # Rounded down at both ends, so that the windows of a document add up to it.
                 total = document["num_bytes"]
+                begin = max(begin, start + 1 - document_start)
                 num_bytes += max(0, total * stop // length - total * begin // length)
         digest = tokens_hash(input_ids)
         example = EncodedExample(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import torch
@@ -142,13 +143,16 @@ class CausalLM:
         if end is not None and (not input_ids or input_ids[-1] != end):
             input_ids.append(end)  # the document ends here, and the model learns that
             offsets.append((len(example.text), len(example.text)))
+        # Where the text ends that so many tokens stand for. Cut there, a character that two windows
+        # share counts once and the space between two tokens counts too; an end token that the
+        # tokenizer adds lies at (0, 0) and counts nothing.
+        ends = list(accumulate((end for _, end in offsets), max, initial=0))
         document_hash = content_hash(example.text)
         windows: list[EncodedExample] = []
         for start in range(0, max(len(input_ids) - 1, 1), self.max_length - 1):
             window = input_ids[start : start + self.max_length]
-            predicted = offsets[start + 1 : start + len(window)] or [(0, 0)]
-            # Not the last one's: an end token that the tokenizer adds lies at (0, 0).
-            first, last = predicted[0][0], max(end for _, end in predicted)
+            # Nothing predicts the window's first token, if it has any.
+            first, last = ends[min(start + 1, len(input_ids))], ends[start + len(window)]
             windows.append(
                 EncodedExample(
                     input_ids=window,

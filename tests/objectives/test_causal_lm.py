@@ -99,6 +99,24 @@ def test_the_bytes_of_a_text_are_those_of_its_predicted_tokens(
     assert sum(window["num_bytes"] for window in windows) == len(text) - first
 
 
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_bert"])
+def test_characters_cut_in_two_and_spaces_between_windows_count_once(
+    request: pytest.FixtureRequest, model: str
+) -> None:
+    tokenizer = load_tokenizer(request.getfixturevalue(model))
+    text = "天气很好，她在河边看书。 It rains on the river. " * 4 + "你好"
+    first = tokenizer.backend_tokenizer.encode(text).offsets[0][1]  # 0 of a token that is added
+    for max_length in (4, 5, 6, 7):
+        windows = CausalLM(tokenizer, max_length).encode(TextExample(text, "here"))
+        num_bytes = sum(window["num_bytes"] for window in windows)
+        assert num_bytes == len(text[first:].encode())
+
+
+def test_a_stream_needs_a_token_that_ends_documents(tiny_bert: Path) -> None:
+    with pytest.raises(ModelError, match="has no `eos_token`, which ends each document"):
+        CausalStream(CausalLM(load_tokenizer(tiny_bert), 16))
+
+
 def test_a_model_that_transforms_its_last_hidden_states_is_refused() -> None:
     with pytest.raises(ModelError, match="`roformer`"):
         require_plain_head(make_model("roformer", embedding_size=16))
