@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -133,6 +134,10 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+_OF_THE_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id")
+_OF_SOME_TOKENIZERS = ("cls_token_id", "sep_token_id")  # ModernBERT's, of its own vocabulary
+
+
 def is_new_model(source: str) -> bool:
     """Whether a source names what is to be made: a preset or a config.json."""
     return source in PRESETS or source.endswith(".json")
@@ -149,7 +154,7 @@ def make_config(
         overrides: fields of the config that differ.
 
     Raises:
-        ConfigError: a field is not one of this config's.
+        ConfigError: a field is not one of this config's, or is the tokenizer's to say.
         ModelError: the file cannot be used.
     """
     if source in PRESETS:
@@ -164,11 +169,17 @@ def make_config(
         given = load_model_config(path.parent)
         model_type, values = given.model_type, given.to_dict()
     known = {*CONFIG_MAPPING[model_type]().to_dict(), *CONFIG_MAPPING[model_type].attribute_map}
+    own_tokens = [name for name in _OF_SOME_TOKENIZERS if name in known]
     for name in overrides:
         if name not in known:
             raise ConfigError(
                 f"`architecture.{name}` is no field of a `{model_type}` config",
                 hint=f"fields: {', '.join(sorted(known))}",
+            )
+        if name in ("vocab_size", "decoder_start_token_id", *_OF_THE_TOKENIZER, *own_tokens):
+            raise ConfigError(
+                f"`architecture.{name}` has no effect: it is taken from the tokenizer",
+                hint="leave it out, or give another `tokenizer`",
             )
     try:
         # Made anew, so that what follows from other fields, as a head's width, is derived again.
@@ -179,9 +190,7 @@ def make_config(
             f"`architecture` does not fit together: {reason}", hint="correct or leave out a field"
         ) from error
     config.vocab_size = len(tokenizer)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(tokenizer, name))
-    for name in {"cls_token_id", "sep_token_id"} & known:  # ModernBERT's, of its own vocabulary
+    for name in (*_OF_THE_TOKENIZER, *own_tokens):
         setattr(config, name, getattr(tokenizer, name))
     if config.is_encoder_decoder:
         config.decoder_start_token_id = tokenizer.pad_token_id
@@ -195,10 +204,20 @@ def make_model(
     head: Head,
     seed: int,
 ) -> Path:
-    """A folder with a new model, its weights drawn from ``seed``; made once, then found again."""
-    backend = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """A folder with a new model, its weights drawn from ``seed``; made once, then found again.
+
+    Raises:
+        ConfigError: the fields of the config do not fit together.
+        ModelError: models of this type have no such head.
+    """
+    # All that decides the folder, the parts of the tokenizer beside its backend included.
+    words = [
+        tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, tokenizer.chat_template,
+        tokenizer.padding_side, tokenizer.model_input_names,
+    ]  # fmt: skip
+    versions = [torch.__version__, transformers.__version__]
     described = json.dumps(
-        [config.to_dict(), backend, head, seed, torch.__version__], sort_keys=True, default=str
+        [config.to_dict(), words, head, seed, versions], sort_keys=True, default=str
     )
     address = hashlib.sha256(described.encode()).hexdigest()[:16]
     folder = cache_dir() / "models" / f"new-{config.model_type}-{address}"
@@ -212,10 +231,21 @@ def make_model(
                 if hasattr(AUTO_CLASSES[head], "from_config")
                 else AUTO_CLASSES[head](config)
             )
+        except KeyError as error:  # transformers looks activations up by name
+            raise ConfigError(
+                f"`architecture` names {error}, which transformers does not know",
+                hint="correct or leave out the field",
+            ) from error
         except ValueError as error:
-            raise ModelError(
-                f"a `{config.model_type}` model has no head for this objective",
-                hint="choose another `objective.name`",
+            reason = str(error).strip().splitlines()[0]
+            if reason.startswith("Unrecognized configuration class"):
+                raise ModelError(
+                    f"a `{config.model_type}` model has no head for this objective",
+                    hint="choose another `objective.name`",
+                ) from error
+            raise ConfigError(
+                f"`architecture` does not fit together: {reason}",
+                hint="correct or leave out a field",
             ) from error
         save_model(model, tokenizer, building, info={})
     return folder

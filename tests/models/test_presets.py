@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from fulltune.errors import ConfigError, ModelError
-from fulltune.models.presets import PRESETS, make_config
+from fulltune.models.presets import PRESETS, make_config, make_model
 
 PUBLISHED = {
     # Without the vocabulary's embeddings, in millions: the papers' own shapes.
@@ -49,3 +49,29 @@ def test_a_config_file_is_taken_with_what_differs(tmp_path: Path, tiny_bert: Pat
         make_config(str(tmp_path / "other.json"), tokenizer, {})
     with pytest.raises(ConfigError, match="does not fit together"):
         make_config("xlnet-tiny", tokenizer, {"d_head": 7})
+
+
+def test_what_the_tokenizer_says_is_no_setting(tiny_bert: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    for name in ("vocab_size", "pad_token_id", "sep_token_id"):
+        with pytest.raises(ConfigError, match=f"`architecture.{name}` has no effect"):
+            make_config("modernbert-tiny", tokenizer, {name: 5})
+
+
+def test_a_model_type_without_the_head_is_told_from_fields_that_do_not_fit(tiny_bert: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    config = make_config("gpt2-tiny", tokenizer, {})
+    with pytest.raises(ModelError, match="`gpt2` model has no head"):
+        make_model(config, tokenizer, head="masked_lm", seed=0)
+    uneven = make_config("gpt2-tiny", tokenizer, {"n_embd": 33})
+    with pytest.raises(ConfigError, match=r"does not fit together: .*divisible"):
+        make_model(uneven, tokenizer, head="causal_lm", seed=0)
+
+
+def test_another_chat_template_or_special_token_is_another_new_model(tiny_bert: Path) -> None:
+    folders = set()
+    for values in ({}, {"chat_template": "{{ messages }}"}, {"mask_token": "[SEP]"}):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_bert, **values)
+        config = make_config("bert-tiny", tokenizer, {"hidden_size": 32})
+        folders.add(make_model(config, tokenizer, head="masked_lm", seed=0))
+    assert len(folders) == 3

@@ -214,6 +214,9 @@ def test_a_pretrained_run_is_fine_tuned_by_its_name(
     [
         ({"tokenizer": None}, "has no tokenizer"),
         ({"architecture": {"num_wheels": 4}}, "architecture.num_wheels"),
+        ({"architecture": {"vocab_size": 50}}, "is taken from the tokenizer"),
+        ({"architecture": {"n_embd": 33}}, "`architecture` does not fit together: .*divisible"),
+        ({"architecture": {"activation_function": "swush"}}, "`architecture` names 'swush'"),
         ({"objective": {"length": 4096}}, "context is 128 tokens"),
         ({"task": {"kind": "classification", "train": "x"}}, "reads documents"),
         ({"tokenizer": "nowhere"}, "no folder of a tokenizer"),
