@@ -269,7 +269,7 @@ def compare(run: str) -> Comparison:
     folder = Path(run)
     config = open_config(folder)
     report = evaluate.run(run)
-    update = {"model": run, "tokenizer": None, "architecture": {}}
+    update = {"model": run, "tokenizer": None, "architecture": {}, "convert_to": None}
     trained = config.model_copy(update=update)
     base, objective = pretrain.open_start(trained)
     prepared = pretrain.prepare(trained, objective, lambda _: None)

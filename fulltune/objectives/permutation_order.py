@@ -40,11 +40,14 @@ def word_starts(tokenizer: PreTrainedTokenizerBase) -> BoolArray:
     """
     vocabulary = tokenizer.get_vocab()
     starts_V = np.ones(max(vocabulary.values(), default=-1) + 1, dtype=np.bool_)
-    mark = next(
-        (each for each in _WORD_MARKS if any(token.startswith(each) for token in vocabulary)), None
-    )
+    # The commonest is the vocabulary's own: to another `Ġ` is a letter of Maltese, `##` a heading.
+    num_marked = {
+        each: sum(token.startswith(each) for token in vocabulary)
+        for each in (*_WORD_MARKS, _CONTINUATION)
+    }
+    mark = max(num_marked, key=lambda each: num_marked[each])
     for token, index in vocabulary.items():
-        if mark is None:
+        if mark == _CONTINUATION or not num_marked[mark]:
             starts_V[index] = not (token.startswith(_CONTINUATION) and len(token) > 2)
         else:
             starts_V[index] = (

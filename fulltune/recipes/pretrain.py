@@ -252,18 +252,19 @@ def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, Pret
 
 
 def _with_loss_settings(objective: PretrainingObjective, config: Config) -> PretrainingObjective:
-    """Label smoothing and z-loss, which are of next-token prediction alone."""
+    """Label smoothing and z-loss, which next tokens and the targets of a decoder have."""
     if isinstance(objective, CausalStream):
         model = replace(
             objective.language_model, label_smoothing=config.label_smoothing, z_loss=config.z_loss
         )
         return replace(objective, language_model=model)
-    if isinstance(objective, CausalLM):
+    if isinstance(objective, CausalLM | SpanCorruption):
         return replace(objective, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
     for name in ("label_smoothing", "z_loss"):
         if getattr(config, name):
             raise ConfigError(
-                f"`{name}` has no effect here: only `objective.name: causal_lm` has it",
+                f"`{name}` has no effect here: only `objective.name: causal_lm` and "
+                "`span_corruption` have it",
                 hint="leave it out",
             )
     return objective

@@ -215,6 +215,15 @@ def test_words_begin_where_the_vocabulary_marks_them() -> None:
     assert any(not starts[index] for index in ids)
 
 
+def test_a_letter_that_is_a_mark_elsewhere_marks_no_words() -> None:
+    vocabulary = {"[UNK]": 0, "Ġ": 1, "river": 2, "##s": 3, "##ing": 4, "▁": 5}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")),
+        unk_token="[UNK]",
+    )
+    assert word_starts(tokenizer).tolist() == [True, True, True, False, False, True]
+
+
 def test_85_of_512_tokens_are_predicted() -> None:
     batch = PermutationLM(TOKENIZER, 512).collate([make_example(random_ids(510, 0))])
     assert batch["target_mapping"].shape == (1, 85, 512)

@@ -270,6 +270,22 @@ def test_label_smoothing_z_loss_and_retention_have_their_effect_on_gpt(
     assert bounded > plain
 
 
+def test_label_smoothing_and_z_loss_have_their_effect_on_t5(
+    tmp_path: Path, corpus: Path, tiny_sentinels: Path
+) -> None:
+    losses = []
+    for number, changes in enumerate(({}, {"label_smoothing": 0.1}, {"z_loss": 0.1})):
+        config = make_config(
+            tmp_path / f"run-{number}", corpus, tiny_sentinels, "t5-tiny",
+            objective={"length": 48}, duration="1 steps", **changes,
+        )  # fmt: skip
+        pretrain.run(config)
+        losses += step_losses(tmp_path / f"run-{number}")
+    plain, smoothed, bounded = losses
+    assert smoothed != plain
+    assert bounded > plain
+
+
 def test_a_trained_model_takes_no_other_tokenizer(
     tmp_path: Path, corpus: Path, tiny_gpt2: Path
 ) -> None:
