@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +223,7 @@ def check_output(folder: Path) -> None:
     """Refuse an output folder that is there already.
 
     Raises:
-        ConfigError: it exists, or what should be its parent is a file.
+        ConfigError: it exists, or what should be its parent is a file or cannot be written.
     """
     if folder.exists() or folder.is_symlink():
         raise ConfigError(
@@ -233,6 +234,11 @@ def check_output(folder: Path) -> None:
     if not parent.is_dir():
         raise ConfigError(
             f"`--output {folder}` cannot be made: `{parent}` is a file", hint="give another name"
+        )
+    if not os.access(parent, os.W_OK):
+        raise ConfigError(
+            f"`--output {folder}` cannot be made: `{parent}` may not be written",
+            hint="name another place",
         )
 
 

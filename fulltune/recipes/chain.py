@@ -112,10 +112,12 @@ def _take(step: Settings, verb: str, *, resume: bool) -> StepResult | None:
     """None where the step was interrupted."""
     if isinstance(step, TokenizerStep):
         output = Path(step.output)
-        if resume and (output / INFO_FILE).is_file():
-            return StepResult(verb, str(output), {}, done_before=True)
         options = step.model_dump(exclude={"train", "output"})
-        trained = tokenizer.train(step.train, output, build_config(TokenizerConfig, options))
+        config = build_config(TokenizerConfig, options)
+        if resume and (output / INFO_FILE).is_file():
+            tokenizer.check_same(step.train, output, config)
+            return StepResult(verb, str(output), {}, done_before=True)
+        trained = tokenizer.train(step.train, output, config)
         return StepResult(verb, str(output), _numbers(asdict(trained.statistics)))
     if isinstance(step, EvaluateStep):
         report = evaluate.run(step.model, data=step.data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from fulltune.data.records import check_source, source_fingerprint
 from fulltune.data.tokenizer_statistics import TokenizerStatistics, measure_tokenizer
 from fulltune.data.tokenizers import (
     FAMILY_TOKENS,
+    INFO_FILE,
     TokenizerConfig,
     check_output,
     train_tokenizer,
     write_tokenizer,
 )
 from fulltune.errors import ConfigError, DataError
+from fulltune.train.run_folder import writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +63,7 @@ def train(
     Raises:
         ConfigError: the output exists, or the settings contradict each other.
         DataError: a source is missing, empty or not text, or supports no such vocabulary.
+        RunFolderError: the output cannot be written.
     """
     check_output(output)
     for source in sources:
@@ -97,8 +101,35 @@ def train(
         "measured_on": measured_on,
         "statistics": statistics.to_json(),
     }
-    write_tokenizer(tokenizer, output, info=info)
+    with writing(output):
+        write_tokenizer(tokenizer, output, info=info)
     return Trained(output, statistics, measured_on, num_training)
+
+
+def check_same(sources: Sequence[str], folder: Path, config: TokenizerConfig) -> None:
+    """See that `train` would make the tokenizer that a folder holds.
+
+    Raises:
+        ConfigError: it was made with other settings or of other text.
+    """
+    info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
+    family = FAMILY_TOKENS[config.family]
+    algorithm = config.algorithm or family.algorithm
+    wanted = {**config.model_dump(mode="json"), "algorithm": algorithm}
+    if config.vocab_size is None:
+        wanted["vocab_size"] = family.vocab_size
+        if algorithm == "characters":
+            del wanted["vocab_size"]  # as many as the text has
+    differing = [name for name, value in wanted.items() if info["settings"].get(name) != value]
+    made_of = {part["source"]: part["fingerprint"] for part in info["sources"]}
+    if made_of != {source: source_fingerprint(source) for source in sources}:
+        differing.append("train")
+    if differing:
+        raise ConfigError(
+            f"`{folder}` holds a tokenizer of other settings or text (differs in "
+            f"{', '.join(f'`{name}`' for name in differing)})",
+            hint="give `output` another name, or remove the folder",
+        )
 
 
 def compare(
@@ -137,6 +168,7 @@ def extend(model: str, tokens: Sequence[str], output: Path) -> Extended:
     Raises:
         ConfigError: the output exists, or a token cannot be added.
         ModelError: the model cannot be loaded.
+        RunFolderError: the output cannot be written.
     """
     from fulltune.models.loading import load_tokenizer, read_info, resolve_model, save_model
     from fulltune.models.vocabulary import add_tokens, grow_embeddings, load_as_saved
@@ -152,7 +184,7 @@ def extend(model: str, tokens: Sequence[str], output: Path) -> Extended:
         token: [old_names[piece] for piece in ids]
         for token, ids in zip(tokens, pieces_of_id.values(), strict=True)
     }
-    with built_whole(output) as building:
+    with writing(output), built_whole(output) as building:
         info = {**read_info(folder), "added_tokens": {"model": model, "pieces": pieces}}
         save_model(loaded, tokenizer, building, info=info)
     return Extended(output, pieces, int(loaded.config.get_text_config().vocab_size))

@@ -66,6 +66,25 @@ def test_every_step_starts_from_the_folder_of_another_and_is_not_taken_twice(
     assert (tmp_path / "finetuned" / "model" / "model.safetensors").stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("change", ["vocab_size", "train"])
+def test_a_tokenizer_of_other_settings_or_text_is_not_taken_for_the_step_s(
+    tmp_path: Path, classification_file: Path, change: str
+) -> None:
+    path = write_chain(tmp_path, classification_file)
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del values["steps"][1:]
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    chain.run(chain.load(path))
+    if change == "train":
+        with (tmp_path / "corpus.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"text": "One more."}) + "\n")
+    else:
+        values["steps"][0]["tokenizer"]["vocab_size"] = 119
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"other settings or text \\(differs in `{change}`\\)"):
+        chain.run(chain.load(path), resume=True)
+
+
 def test_a_wrong_setting_of_a_late_step_is_said_before_the_first(
     tmp_path: Path, classification_file: Path
 ) -> None:

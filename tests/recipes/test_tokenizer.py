@@ -42,6 +42,14 @@ def articles(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder nobody can write")
+def test_an_output_that_cannot_be_written_is_no_traceback(articles: Path) -> None:
+    with pytest.raises(FulltuneError, match="/proc/nowhere/out"):
+        recipe.train(
+            [str(articles)], Path("/proc/nowhere/out"), config(), columns={"text": "article"}
+        )
+
+
 def test_a_tokenizer_is_trained_on_some_documents_and_measured_on_the_others(
     articles: Path, tmp_path: Path
 ) -> None:
