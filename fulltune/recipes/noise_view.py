@@ -1,4 +1,7 @@
-"""Pre-training examples by token, with the noise that the first epoch of a run draws for them."""
+"""Pre-training examples by token, with the noise that the first epoch of a run draws for them.
+
+Held-out ones are only counted, with the noise of an evaluation.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,9 @@ def count_examples(prepared: Prepared, seed: int) -> tuple[ArrangedFacts, ...]:
         if not len(indices):
             continue
         chosen = np.random.default_rng(0).permutation(indices)[:NUM_COUNTED]
-        examples = [_example(prepared, int(index), seed) for index in np.sort(chosen)]
+        # Held-out examples have the noise of an evaluation, which may be less.
+        drawn = seed if name == "train" else None
+        examples = [_example(prepared, int(index), drawn) for index in np.sort(chosen)]
         predicted = sum(objective.num_targets(objective.collate([each])) for each in examples)
         lengths = prepared.dataset.lengths[indices]
         counted.append(
@@ -139,9 +144,10 @@ def _relation(objective: NoisyObjective, example: EncodedExample) -> str | None:
     return _RELATIONS[objective.pairs.kind][int(example["label"])]
 
 
-def _example(prepared: Prepared, index: int, seed: int) -> EncodedExample:
+def _example(prepared: Prepared, index: int, seed: int | None) -> EncodedExample:
     example = prepared.dataset[index]
-    example["noise_seed"] = noise_seed(seed, 0, index)
+    if seed is not None:
+        example["noise_seed"] = noise_seed(seed, 0, index)
     return example
 
 

@@ -132,6 +132,17 @@ def test_a_preview_of_pretraining_counts_and_shows_examples_and_writes_nothing(
     assert not (cache / "models").exists()
 
 
+def test_held_out_tokens_are_counted_as_an_evaluation_hides_them(
+    tmp_path: Path, tokenizers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, tokenizers, "bert", {"masking": {"rate": 0.4}})
+    preview.run(preview.read_config(path, []), as_json=True)
+    facts = PreviewFacts.model_validate(json.loads(capsys.readouterr().out)["facts"])
+    train, validation = facts.arranged
+    assert train.predicted_share == pytest.approx(0.4, abs=0.04)
+    assert validation.predicted_share == pytest.approx(0.15, abs=0.02)
+
+
 def test_a_page_and_json_hold_the_same_counts(
     tmp_path: Path, tokenizers: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
