@@ -54,7 +54,8 @@ class MaskingConfig(Settings):
     """Which tokens are hidden from the model."""
 
     rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of the tokens of each example that are predicted, at least one token."""
+    """Share of the tokens of each example that are predicted, at least one token; with
+    `whole_words` as many words as fit into it, so that of an example of long words none may."""
     evaluate_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """The same of held-out text: fixed, so that runs trained at different rates can be compared
     (ModernBERT trains at 0.3 and is measured at 0.15)."""
