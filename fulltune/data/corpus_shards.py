@@ -45,7 +45,7 @@ def validation_share(config: CorpusConfig) -> float:
     """
     if config.validation is None:
         return 0.0
-    wanted = parse_validation(config.validation)
+    wanted = parse_validation(config.validation, setting="validation")
     if not isinstance(wanted, ShareOfTrain):
         raise ConfigError(
             f"`validation` is `{config.validation}`, and a corpus sets a share aside",

@@ -57,27 +57,27 @@ class Splittable(Protocol):
     example_hashes: Int64Array
 
 
-def parse_validation(text: str) -> ShareOfTrain | CountOfTrain | Source:
-    """Read the setting `task.validation`: `5%`, `500 examples`, or a source."""
+def parse_validation(
+    text: str, *, setting: str = "task.validation"
+) -> ShareOfTrain | CountOfTrain | Source:
+    """Read the setting of this name: `5%`, `500 examples`, or a source."""
     text = text.strip()
     if match := re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*%", text):
         share = float(match[1]) / 100
         if not 0 < share < 1:
             raise ConfigError(
-                f"`task.validation` is `{text}`, and both sides need examples",
+                f"`{setting}` is `{text}`, and both sides need examples",
                 hint="give a share between 0% and 100%, or null for no validation",
             )
         return ShareOfTrain(share)
     if match := re.fullmatch(r"(\d[\d_,]*)\s*examples?", text):
         count = int(re.sub("[_,]", "", match[1]))
         if count == 0:
-            raise ConfigError(
-                "`task.validation` is `0 examples`", hint="give null for no validation"
-            )
+            raise ConfigError(f"`{setting}` is `0 examples`", hint="give null for no validation")
         return CountOfTrain(count)
     if not text or re.fullmatch(r"[-+.,_\d\s]*", text):
         raise ConfigError(
-            f"`task.validation` is `{text}`, which says neither a share nor a number nor a source",
+            f"`{setting}` is `{text}`, which says neither a share nor a number nor a source",
             hint="write `5%`, `500 examples`, or a file",
         )
     return Source(text)

@@ -119,7 +119,7 @@ def evaluate_model(
     """
     device = next(model.parameters()).device
     loss_sum, num_targets, num_correct, num_bytes, num_examples = 0.0, 0, 0, 0, 0
-    num_sentences, num_sentences_correct = 0, 0
+    num_sentences, num_sentences_correct, sentence_loss_sum = 0, 0, 0.0
     all_bytes_known = kind == "text" and objective.head == "causal_lm"
     labels: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
@@ -137,6 +137,7 @@ def evaluate_model(
                 num_correct += scores.num_correct
                 num_sentences += scores.num_sentences
                 num_sentences_correct += scores.num_sentences_correct
+                sentence_loss_sum += scores.sentence_loss_sum
                 if scores.logits_DC is not None and scores.label_indices_D is not None:
                     logits.append(scores.logits_DC)
                     labels.append(scores.label_indices_D)
@@ -146,7 +147,10 @@ def evaluate_model(
             hint="give a validation split that is not empty, or set `task.validation: null`",
         )
     if not isinstance(objective, Classification):
-        metrics = language_metrics(loss_sum, num_targets, num_bytes if all_bytes_known else 0)
+        metrics = language_metrics(
+            loss_sum - sentence_loss_sum, num_targets, num_bytes if all_bytes_known else 0
+        )
+        metrics["loss"] = loss_sum / num_targets
         if objective.head != "causal_lm":
             metrics["masked_accuracy"] = num_correct / num_targets
         if num_sentences:

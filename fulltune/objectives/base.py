@@ -58,6 +58,8 @@ class Scores:
     num_sentences: int = 0
     """Pairs of sentences whose relation was predicted, and how many rightly."""
     num_sentences_correct: int = 0
+    sentence_loss_sum: float = 0.0
+    """What of ``loss_sum`` is theirs and no loss of tokens."""
     logits_DC: Tensor | None = None
     """Classification: float32 [documents, classes], on the CPU."""
     label_indices_D: Tensor | None = None

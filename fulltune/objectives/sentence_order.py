@@ -153,6 +153,7 @@ class SentenceOrder:
             num_targets=self.num_targets(batch),
             num_correct=int(masked.num_correct),
             num_sentences=int(labels_D.numel()),
+            sentence_loss_sum=float(sentences),
             num_sentences_correct=int((logits_D2.argmax(-1) == labels_D).sum()),
         )
 

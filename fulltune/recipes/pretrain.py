@@ -18,7 +18,7 @@ from fulltune.data.preview_checks import check
 from fulltune.data.sections import Sections
 from fulltune.data.sentence_pairs import SentencePairsConfig
 from fulltune.data.unknown_tokens import unknown_token_id
-from fulltune.errors import ConfigError, ModelError
+from fulltune.errors import AssetError, ConfigError, ModelError, near_names
 from fulltune.models.families import Family, family_of
 from fulltune.models.loading import (
     context_length,
@@ -212,13 +212,7 @@ def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, Pret
     """
     chosen = config.objective
     if not is_new_model(config.model):
-        for name in ("tokenizer", "architecture"):
-            if getattr(config, name):
-                raise ConfigError(
-                    f"`{name}` has no effect with the trained model `{config.model}`",
-                    hint=f"leave it out, or start anew from a size: {', '.join(PRESETS)}",
-                )
-        base = open_base(config.model, config.task)
+        base = _open_trained(config)
         if config.convert_to is not None:
             base = _converted(base, config.seed)
         kind = _kind_for(chosen, family_of(base.config), base.config.model_type)
@@ -249,6 +243,22 @@ def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, Pret
         )
     objective = kind.build(base, family_of(base.config), chosen, length)
     return base, _with_loss_settings(objective, config)
+
+
+def _open_trained(config: Config) -> Base:
+    try:
+        base = open_base(config.model, config.task)
+    except (ModelError, AssetError) as error:
+        if near := near_names(config.model, PRESETS):
+            error.hint = f"did you mean the size `{near[0]}`? " + (error.hint or "")
+        raise
+    for name in ("tokenizer", "architecture"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"`{name}` has no effect with the trained model `{config.model}`",
+                hint=f"leave it out, or start anew from a size: {', '.join(PRESETS)}",
+            )
+    return base
 
 
 def _with_loss_settings(objective: PretrainingObjective, config: Config) -> PretrainingObjective:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fulltune.config import build_config
-from fulltune.errors import ConfigError, ModelError
+from fulltune.errors import ConfigError, FulltuneError, ModelError
 from fulltune.objectives.fill_in_the_middle import FIM_TOKENS
 from fulltune.recipes import evaluate, finetune, pretrain
 from fulltune.tracking import read_metrics
@@ -295,6 +296,31 @@ def test_a_trained_model_takes_no_other_tokenizer(
     }  # fmt: skip
     with pytest.raises(ConfigError, match="`tokenizer` has no effect"):
         pretrain.run(build_config(pretrain.Config, values))
+
+
+def test_a_mistyped_size_is_named(tmp_path: Path, corpus: Path, tiny_gpt2: Path) -> None:
+    config = make_config(tmp_path / "run", corpus, tiny_gpt2, "gpt2-tiny")
+    config = config.model_copy(update={"model": "gpt2-tinny"})
+    with pytest.raises(FulltuneError) as caught:
+        pretrain.run(config)
+    assert "did you mean the size `gpt2-tiny`?" in str(caught.value.hint)
+
+
+def test_the_perplexity_of_pairs_is_that_of_their_tokens(
+    tmp_path: Path, corpus: Path, tiny_bert: Path
+) -> None:
+    measured = {}
+    for weight in (0.0, 3.0):
+        config = make_config(
+            tmp_path / f"run-{weight}", corpus, tiny_bert, "bert-tiny",
+            objective={"name": "sentence_pairs", "length": 48, "pairs": {"weight": weight}},
+        )  # fmt: skip
+        pretrain.run(config)
+        events = read_metrics(tmp_path / f"run-{weight}" / "metrics.jsonl")
+        measured[weight] = next(e for e in events if e["event"] == "evaluation" and not e["step"])
+    alone, joined = measured[0.0], measured[3.0]
+    assert joined["perplexity"] == alone["perplexity"] == pytest.approx(math.exp(alone["loss"]))
+    assert joined["loss"] - alone["loss"] == pytest.approx(3 * math.log(2), rel=0.1)
 
 
 @pytest.mark.parametrize(
