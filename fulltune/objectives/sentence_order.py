@@ -149,7 +149,7 @@ class SentenceOrder:
             sentences = self._sentence_loss_sum(logits_D2, batch)
         labels_D = batch["sentence_labels"]
         return Scores(
-            loss_sum=float(masked.cross_entropy_sum + sentences),
+            loss_sum=float(masked.cross_entropy_sum) + float(sentences),
             num_targets=self.num_targets(batch),
             num_correct=int(masked.num_correct),
             num_sentences=int(labels_D.numel()),
