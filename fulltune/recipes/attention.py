@@ -45,12 +45,19 @@ def run(
 
     Raises:
         ConfigError: a layer or head does not exist, or there is too much to draw.
-        DataError: the text is empty or longer than the model's context.
+        DataError: the text is empty, not UTF-8, or longer than the model's context.
         ModelError: the attention of the model has no known equation.
         RunFolderError: a file cannot be written.
     """
     if not text.strip():
         raise DataError("the text is empty", hint='give some words: fulltune attention MODEL "..."')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"character {error.start + 1} of the text is half of one, or a byte that is not UTF-8",
+            hint="was it cut inside a character, or saved in another encoding?",
+        ) from None
     for option, path in (("--html", html), ("--png", png)):
         if path is not None and path.exists() and not path.is_file():
             raise ConfigError(f"`{option} {path}` is not a file", hint="give the name of a file")

@@ -316,6 +316,7 @@ def test_a_failed_check_is_said_and_has_exit_code_one(
         ({"layers": "1-0"}, ConfigError, "`--layers 1-0` is neither"),
         ({"layers": "first"}, ConfigError, "`--layers first` is neither"),
         ({"text": " \n"}, DataError, "the text is empty"),
+        ({"text": "ab\udcffcd"}, DataError, "character 3 of the text"),
         ({"text": "river " * 300}, DataError, "reads 1 to 256"),
     ],
 )
