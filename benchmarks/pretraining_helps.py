@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -54,7 +55,7 @@ PRETRAINING: dict[str, dict[str, Any]] = {
     },
     "t5": {
         "model": "t5-tiny",
-        "objective": {"length": 64},
+        "objective": {"length": 64, "spans": {"noise_density": 0.3}},
         "duration": "1200 steps",
         "optimizer": {"name": "adamw_scaled", "lr": 2e-2, "warmup": "10%", "schedule": "cosine"},
     },
@@ -127,8 +128,9 @@ def pretraining_config(
         "tokenizer": str(words),
         "task": {"kind": "text", "train": str(questions.text), "validation": "2%"},
         "dropout": 0,
-        "batch": "4096 tokens",
+        "batch": "2048 tokens",
         "precision": "fp32",
+        "num_workers": 0,
         "evaluate": {"every": "100000 steps"},
         "save_every": "100000 steps",
         "run_dir": str(folder / f"pretrain-{family}"),
@@ -232,6 +234,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--questions", default="asset:trec", help="labelled questions")
     add("--held-out", type=int, default=500, help="for validation, and as many to test on")
     add("--other-text", nargs="*", default=OTHER_TEXT, help="what else the models read before")
+    add("--copies", type=int, default=5, help="of each question in the text")
     add("--vocab-size", type=int, default=2000)
     add("--pretraining-steps", type=int, help="instead of each family's own")
     add("--steps", type=int, default=80, help="of each fine-tuning")
@@ -273,8 +276,10 @@ def main() -> int:
         with workplace(arguments.folder) as (folder, fine_tuning):
             questions = write_questions(
                 arguments.questions, folder / "questions", num_held_out=arguments.held_out,
-                other_text=arguments.other_text,
+                copies=arguments.copies, other_text=arguments.other_text,
             )  # fmt: skip
+            # What is made of these questions goes with them; the assets were the user's own.
+            os.environ["FULLTUNE_CACHE"] = str(fine_tuning / "cache")
             comparisons = [
                 compare(family, plan, questions, folder, fine_tuning)
                 for family in arguments.families

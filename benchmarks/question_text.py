@@ -17,7 +17,7 @@ from pathlib import Path
 from fulltune.data.records import read_records
 from fulltune.errors import ConfigError
 
-OTHER_TEXT = ("asset:squad-sample", "asset:alpaca-en", "asset:movie-sentences")
+OTHER_TEXT = ("asset:squad-sample", "asset:alpaca-en")
 TEXT_FIELDS = ("text", "context", "question", "instruction", "input", "output")
 """Fields of a row that hold text, of data sets of every kind; each is a document of its own."""
 
@@ -34,7 +34,7 @@ class Questions:
     num_questions: tuple[int, int, int]
     """In the three parts."""
     num_documents: int
-    """Of the text, the questions included."""
+    """Of the text, each copy of a question counted."""
     num_left_out: int
     """Documents that quote a held-out question."""
 
@@ -46,7 +46,12 @@ def words_of(text: str) -> str:
 
 
 def write_questions(
-    source: str, folder: Path, *, num_held_out: int, other_text: Sequence[str] = OTHER_TEXT
+    source: str,
+    folder: Path,
+    *,
+    num_held_out: int,
+    copies: int = 1,
+    other_text: Sequence[str] = OTHER_TEXT,
 ) -> Questions:
     """Split labelled questions and write them, and the text, as files of a folder.
 
@@ -54,6 +59,7 @@ def write_questions(
         source: rows with `text` and `label`.
         folder: is made.
         num_held_out: questions of the validation part, and of the test part.
+        copies: how often each question trained on stands in the text, in another order each time.
         other_text: sources of documents beside the questions.
 
     Raises:
@@ -75,7 +81,10 @@ def write_questions(
         _write(path, (rows[words] for words in part))
     others = list(_documents(other_text))
     kept = [text for text in others if not _quotes(words_of(text), held_out)]
-    texts = [str(rows[words]["text"]) for words in parts[0]] + kept
+    asked = [str(rows[words]["text"]) for words in parts[0]]
+    texts = [*kept]
+    for copy in range(copies):
+        texts += random.Random(copy).sample(asked, len(asked))
     _write(folder / "text.jsonl", ({"text": text} for text in texts))
     sizes = len(parts[0]), len(parts[1]), len(parts[2])
     return Questions(*paths, folder / "text.jsonl", sizes, len(texts), len(others) - len(kept))

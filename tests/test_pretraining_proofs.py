@@ -144,7 +144,7 @@ def test_both_starts_are_fine_tuned_alike_and_differ_in_their_weights_alone(
 ) -> None:  # fmt: skip
     folder, output = tmp_path / "kept", tmp_path / "helps.json"
     options = (
-        f"--families {family} --questions {classification_file} --held-out 20 --vocab-size 180 "
+        f"--families {family} --questions {classification_file} --held-out 20 --vocab-size 160 "
         f"--other-text {other_text} --pretraining-steps 2 --steps 2 --batch 8 --lrs 1e-3 2e-3 "
         f"--seeds 0 1 --folder {folder} --json {output}"
     )
@@ -177,7 +177,7 @@ def test_no_held_out_question_is_in_the_text_that_is_pre_trained_on(tmp_path: Pa
     quotes = [{"text": f"She asked: “{text.upper()}” Nobody knew."} for text in asked]
     other.write_text("".join(json.dumps(row) + "\n" for row in quotes), encoding="utf-8")
     split = question_text.write_questions(
-        str(labelled), tmp_path / "split", num_held_out=10, other_text=[str(other)]
+        str(labelled), tmp_path / "split", num_held_out=10, copies=2, other_text=[str(other)]
     )
     assert split.num_questions == (21, 10, 10)  # the one asked twice is one
     texts = {
@@ -189,7 +189,7 @@ def test_no_held_out_question_is_in_the_text_that_is_pre_trained_on(tmp_path: Pa
     }
     read = texts[split.text]
     assert split.num_left_out == 20
-    assert len(read) == split.num_documents == 21 + 21
+    assert len(read) == split.num_documents == 2 * 21 + 21
     assert set(texts[split.train]) < set(read)
     for held_out in (*texts[split.validation], *texts[split.test]):
         assert not [document for document in read if held_out in document]
