@@ -36,6 +36,7 @@ from fulltune.data.tokenizers import TokenizerConfig
 from fulltune.errors import FulltuneError
 from fulltune.recipes import evaluate, finetune, pretrain, tokenizer
 from fulltune.runtime import describe_machine, git_commit, versions
+from fulltune.tracking import read_metrics
 
 STARTS = ("pre-trained", "new")
 
@@ -61,6 +62,13 @@ PRETRAINING: dict[str, dict[str, Any]] = {
     },
 }
 """What differs between the families."""
+
+FINE_TUNING: dict[str, dict[str, Any]] = {
+    "bert": {"name": "adamw"},
+    "xlnet": {"name": "adamw"},
+    "t5": {"name": "adamw"},
+}
+"""The optimizer of both starts."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ class Comparison:
     family: str
     model: str
     pretraining: dict[str, float]
-    """Seconds, and what the run measured on the text it held out."""
+    """Seconds, and the loss on the text that was held out of it."""
     pretrained: Outcome
     new: Outcome
     all: list[Outcome]
@@ -147,7 +155,13 @@ def new_start(config: pretrain.Config, seed: int) -> Path:
 
 
 def accuracies(
-    start: Path, folder: Path, plan: Plan, questions: Questions, lr: float, seed: int
+    start: Path,
+    folder: Path,
+    plan: Plan,
+    questions: Questions,
+    *,
+    optimizer: dict[str, Any],
+    seed: int,
 ) -> tuple[float, float]:
     """Of validation and of test after the last step."""
     config = build_config(
@@ -163,7 +177,7 @@ def accuracies(
             "batch": f"{plan.batch} examples",
             "precision": "fp32",
             "num_workers": 0,
-            "optimizer": {"lr": lr, "warmup": "10%"},
+            "optimizer": {**optimizer, "warmup": "10%"},
             # The last weights are those that count, not the best of several looks at the answers.
             "evaluate": {"every": f"{plan.steps} steps", "metric": "accuracy"},
             "save_every": f"{plan.steps} steps",
@@ -181,20 +195,22 @@ def compare(
     family: str, plan: Plan, questions: Questions, folder: Path, fine_tuning: Path
 ) -> Comparison:
     """Pre-train one model, and fine-tune from both starts with every learning rate and seed."""
-    started = time.perf_counter()
     config = pretraining_config(family, plan, questions, folder)
     source = Path(config.run_dir)
     pretrain.run(config, resume=source.is_dir())
-    seconds = time.perf_counter() - started
-    measured = evaluate.run(str(source)).metrics
+    events = read_metrics(source / "metrics.jsonl")
+    end = [event for event in events if event["event"] == "end"][-1]
     outcomes: list[Outcome] = []
     for lr in plan.lrs:
+        optimizer = {**FINE_TUNING[family], "lr": lr}
         found: dict[str, list[tuple[float, float]]] = {start: [] for start in STARTS}
         for seed in plan.seeds:
             paths = (source / "model", new_start(config, seed))
             for start, path in zip(STARTS, paths, strict=True):
                 place = fine_tuning / f"{family}-{start}-{lr}-{seed}"
-                found[start].append(accuracies(path, place, plan, questions, lr, seed))
+                found[start].append(
+                    accuracies(path, place, plan, questions, optimizer=optimizer, seed=seed)
+                )
         outcomes += [
             Outcome(start, lr, [validation for validation, _ in each], [test for _, test in each])
             for start, each in found.items()
@@ -206,7 +222,7 @@ def compare(
         )
         for start in STARTS
     }
-    facts = {"seconds": round(seconds, 1), **measured}
+    facts = {"seconds": end["seconds"], "loss": end["loss"]}
     return Comparison(family, config.model, facts, best["pre-trained"], best["new"], outcomes)
 
 
@@ -234,6 +250,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--questions", default="asset:trec", help="labelled questions")
     add("--held-out", type=int, default=500, help="for validation, and as many to test on")
     add("--other-text", nargs="*", default=OTHER_TEXT, help="what else the models read before")
+    add("--labelled", type=int, help="questions to fine-tune on; all others by default")
     add("--copies", type=int, default=5, help="of each question in the text")
     add("--vocab-size", type=int, default=2000)
     add("--pretraining-steps", type=int, help="instead of each family's own")
@@ -276,7 +293,8 @@ def main() -> int:
         with workplace(arguments.folder) as (folder, fine_tuning):
             questions = write_questions(
                 arguments.questions, folder / "questions", num_held_out=arguments.held_out,
-                copies=arguments.copies, other_text=arguments.other_text,
+                num_labelled=arguments.labelled, copies=arguments.copies,
+                other_text=arguments.other_text,
             )  # fmt: skip
             # What is made of these questions goes with them; the assets were the user's own.
             os.environ["FULLTUNE_CACHE"] = str(fine_tuning / "cache")

@@ -50,6 +50,7 @@ def write_questions(
     folder: Path,
     *,
     num_held_out: int,
+    num_labelled: int | None = None,
     copies: int = 1,
     other_text: Sequence[str] = OTHER_TEXT,
 ) -> Questions:
@@ -59,7 +60,9 @@ def write_questions(
         source: rows with `text` and `label`.
         folder: is made.
         num_held_out: questions of the validation part, and of the test part.
-        copies: how often each question trained on stands in the text, in another order each time.
+        num_labelled: questions that keep their label for training; None keeps all labels.
+        copies: how often each question that is not held out stands in the text, in another order
+            each time.
         other_text: sources of documents beside the questions.
 
     Raises:
@@ -74,20 +77,21 @@ def write_questions(
             hint="hold out fewer",
         )
     held_out = order[: 2 * num_held_out]
-    parts = order[2 * num_held_out :], held_out[:num_held_out], held_out[num_held_out:]
+    others = order[2 * num_held_out :]
+    parts = others[:num_labelled], held_out[:num_held_out], held_out[num_held_out:]
     folder.mkdir(parents=True, exist_ok=True)
     paths = tuple(folder / f"{name}.jsonl" for name in ("train", "validation", "test"))
     for path, part in zip(paths, parts, strict=True):
         _write(path, (rows[words] for words in part))
-    others = list(_documents(other_text))
-    kept = [text for text in others if not _quotes(words_of(text), held_out)]
-    asked = [str(rows[words]["text"]) for words in parts[0]]
+    documents = list(_documents(other_text))
+    kept = [text for text in documents if not _quotes(words_of(text), held_out)]
+    asked = [str(rows[words]["text"]) for words in others]
     texts = [*kept]
     for copy in range(copies):
         texts += random.Random(copy).sample(asked, len(asked))
     _write(folder / "text.jsonl", ({"text": text} for text in texts))
     sizes = len(parts[0]), len(parts[1]), len(parts[2])
-    return Questions(*paths, folder / "text.jsonl", sizes, len(texts), len(others) - len(kept))
+    return Questions(*paths, folder / "text.jsonl", sizes, len(texts), len(documents) - len(kept))
 
 
 def _rows(source: str) -> Iterator[dict[str, object]]:
