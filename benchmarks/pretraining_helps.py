@@ -63,12 +63,12 @@ PRETRAINING: dict[str, dict[str, Any]] = {
 }
 """What differs between the families."""
 
-FINE_TUNING: dict[str, dict[str, Any]] = {
-    "bert": {"name": "adamw"},
-    "xlnet": {"name": "adamw"},
-    "t5": {"name": "adamw"},
+FINE_TUNING: dict[str, tuple[str, tuple[float, ...]]] = {
+    "bert": ("adamw", (1e-3, 2e-3, 4e-3)),
+    "xlnet": ("adamw", (2e-3, 4e-3)),
+    "t5": ("adamw_scaled", (1e-2, 3e-2)),
 }
-"""The optimizer of both starts."""
+"""The optimizer of both starts, and the learning rates that are tried with each."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Plan:
     batch: int
     """Questions of a step."""
     lrs: tuple[float, ...]
+    """Instead of each family's own, if there are any."""
     seeds: tuple[int, ...]
     pretraining: dict[str, Any]
     """Settings that differ from those of `PRETRAINING`."""
@@ -201,8 +202,9 @@ def compare(
     events = read_metrics(source / "metrics.jsonl")
     end = [event for event in events if event["event"] == "end"][-1]
     outcomes: list[Outcome] = []
-    for lr in plan.lrs:
-        optimizer = {**FINE_TUNING[family], "lr": lr}
+    name, usual = FINE_TUNING[family]
+    for lr in plan.lrs or usual:
+        optimizer = {"name": name, "lr": lr}
         found: dict[str, list[tuple[float, float]]] = {start: [] for start in STARTS}
         for seed in plan.seeds:
             paths = (source / "model", new_start(config, seed))
@@ -256,7 +258,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--pretraining-steps", type=int, help="instead of each family's own")
     add("--steps", type=int, default=80, help="of each fine-tuning")
     add("--batch", type=int, default=32, help="questions of a step")
-    add("--lrs", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="tried for each start")
+    add("--lrs", type=float, nargs="*", default=[], help="instead of each family's own")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tuning")
     add("--threads", type=int, default=1)
     add("--folder", type=Path, help="where the pre-trained models are kept, and found again")
