@@ -65,7 +65,7 @@ PRETRAINING: dict[str, dict[str, Any]] = {
 
 FINE_TUNING: dict[str, tuple[str, tuple[float, ...]]] = {
     "bert": ("adamw", (1e-3, 2e-3, 4e-3)),
-    "xlnet": ("adamw", (1e-3, 2e-3, 4e-3)),
+    "xlnet": ("adamw", (1e-3, 2e-3, 4e-3, 8e-3)),
     "t5": ("adamw_scaled", (1e-2, 3e-2)),
 }
 """The optimizer of both starts, and the learning rates that are tried with each."""
