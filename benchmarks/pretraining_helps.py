@@ -1,62 +1,119 @@
 """Does pre-training help? A classifier from pre-trained weights against one from new weights.
 
-    python benchmarks/pretraining_helps.py runs/pretrain-bert runs/pretrain-xlnet runs/pretrain-t5
+    python benchmarks/pretraining_helps.py
+    python benchmarks/pretraining_helps.py --families bert --seeds 0 --json helps.json
 
-For each run of `fulltune pretrain` the same architecture is fine-tuned on the questions of TREC
-from two starts: the run's model, and new weights as its pre-training began with. Everything else is
-the same: tokenizer, examples and their order, steps, new head, optimizer. Each seed has its own
-held-out questions, order, head, and new weights. Both starts are tried with the same learning
-rates, and each is reported with the one that is better for it on average.
+Writes a text of TREC's training questions without their labels and of other modern English,
+trains a tokenizer on it and pre-trains a small model of each family with it. Then a few of the
+questions, with their labels, fine-tune a classifier from two starts: the pre-trained weights, and
+new ones as the pre-training began with. Everything else is the same: tokenizer, examples and their
+order, steps, new head, optimizer. Each seed has its own order, head, and new weights.
 
-Shakespeare holds no question of TREC. Of a run that has read TREC itself the benchmark says so,
-since its text then may hold the questions that are held out here.
+No held-out question is in the text. Each start has the learning rate that is best for it on 500
+validation questions, on average over the seeds; the accuracies are of 500 other questions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from fulltune.config import build_config, read_yaml
-from fulltune.errors import ConfigError, FulltuneError
-from fulltune.recipes import finetune, pretrain
-from fulltune.train.run_folder import CONFIG
+import torch
+from question_text import OTHER_TEXT, Questions, write_questions
+
+from fulltune.config import build_config
+from fulltune.data.tokenizers import TokenizerConfig
+from fulltune.errors import FulltuneError
+from fulltune.recipes import evaluate, finetune, pretrain, tokenizer
+from fulltune.runtime import describe_machine, git_commit, versions
+from fulltune.tracking import read_metrics
 
 STARTS = ("pre-trained", "new")
+
+PRETRAINING: dict[str, dict[str, Any]] = {
+    "bert": {
+        "model": "modernbert-tiny",
+        "objective": {"length": 64, "masking": {"rate": 0.3}},
+        "duration": "1000 steps",
+        "optimizer": {"lr": 3e-3, "warmup": "10%", "schedule": "cosine"},
+    },
+    "xlnet": {
+        "model": "xlnet-tiny",
+        "architecture": {"initializer_range": 0.1},
+        "objective": {"length": 64, "permutation": {"perm_size": 64}},
+        "duration": "600 steps",
+        "optimizer": {"lr": 2e-3, "warmup": "10%", "schedule": "cosine"},
+    },
+    "t5": {
+        "model": "t5-tiny",
+        "objective": {"length": 64, "spans": {"noise_density": 0.3}},
+        "duration": "800 steps",
+        "optimizer": {"name": "adamw_scaled", "lr": 2e-2, "warmup": "10%", "schedule": "cosine"},
+    },
+}
+"""What differs between the families."""
+
+FINE_TUNING: dict[str, tuple[str, tuple[float, ...]]] = {
+    "bert": ("adamw", (1e-3, 2e-3, 4e-3)),
+    "xlnet": ("adamw", (1e-3, 2e-3, 4e-3, 8e-3)),
+    "t5": ("adamw_scaled", (1e-2, 3e-2)),
+}
+"""The optimizer of both starts, and the learning rates that are tried with each."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all families and both starts have in common."""
+
+    vocab_size: int
+    steps: int
+    """Of each fine-tuning."""
+    batch: int
+    """Questions of a step."""
+    lrs: tuple[float, ...]
+    """Instead of each family's own, if there are any."""
+    seeds: tuple[int, ...]
+    pretraining: dict[str, Any]
+    """Settings that differ from those of `PRETRAINING`."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The held-out accuracies of one start with one learning rate, one for each seed."""
+    """One start with one learning rate: accuracies of each seed after the last step."""
 
-    run: str
     start: str
     lr: float
-    accuracies: list[float]
+    validation: list[float]
+    test: list[float]
 
     @property
     def mean(self) -> float:
-        return statistics.mean(self.accuracies)
+        return statistics.mean(self.test)
 
     @property
     def spread(self) -> float:
         """The largest less the smallest."""
-        return max(self.accuracies) - min(self.accuracies)
+        return max(self.test) - min(self.test)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both starts of one run, each with its better learning rate."""
+    """Both starts of one family, each with the learning rate that its validation chose."""
 
-    run: str
+    family: str
     model: str
+    pretraining: dict[str, float]
+    """Seconds, and the loss on the text that was held out of it."""
     pretrained: Outcome
     new: Outcome
     all: list[Outcome]
@@ -64,64 +121,64 @@ class Comparison:
     @property
     def margins(self) -> list[float]:
         """What pre-training adds to the accuracy, seed by seed."""
-        pairs = zip(self.pretrained.accuracies, self.new.accuracies, strict=True)
+        pairs = zip(self.pretrained.test, self.new.test, strict=True)
         return [before - without for before, without in pairs]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What both starts have in common."""
-
-    train: str
-    validation: str
-    steps: int
-    batch: int
-    lrs: tuple[float, ...]
-    seeds: tuple[int, ...]
-
-
-def open_config(folder: Path) -> pretrain.Config:
-    """The settings of a run that began with new weights.
-
-    Raises:
-        ConfigError: the folder is none.
-    """
-    values = read_yaml(folder / CONFIG)
-    if "objective" not in values or not (folder / "model").is_dir():
-        raise ConfigError(
-            f"`{folder}` is no finished run of pre-training",
-            hint="name a run of `fulltune pretrain`",
-        )
-    config = build_config(pretrain.Config, values)
-    if config.tokenizer is None:
-        raise ConfigError(
-            f"the run in `{folder}` went on with `{config.model}`, so its start was not new",
-            hint="name a run that began with a size",
-        )
-    return config
+def pretraining_config(
+    family: str, plan: Plan, questions: Questions, folder: Path
+) -> pretrain.Config:
+    """The settings of a family's pre-training; its tokenizer is trained where there is none."""
+    words = folder / f"tokenizer-{family}"
+    if not words.is_dir():
+        wanted = {"family": family, "vocab_size": plan.vocab_size, "lowercase": True}
+        tokenizer.train([str(questions.text)], words, build_config(TokenizerConfig, wanted))
+    values = {
+        "tokenizer": str(words),
+        "task": {"kind": "text", "train": str(questions.text), "validation": "2%"},
+        "dropout": 0,
+        "batch": "2048 tokens",
+        "precision": "fp32",
+        "num_workers": 0,
+        "evaluate": {"every": "100000 steps"},
+        "save_every": "100000 steps",
+        "run_dir": str(folder / f"pretrain-{family}"),
+        **PRETRAINING[family],
+        **plan.pretraining,
+    }
+    return build_config(pretrain.Config, values)
 
 
-def new_start(config: pretrain.Config, tokenizer: Path, seed: int) -> Path:
-    """A folder with weights as the run's pre-training began with, but of another seed."""
-    update = {"seed": seed, "tokenizer": str(tokenizer)}
-    base, _ = pretrain.open_start(config.model_copy(update=update))
+def new_start(config: pretrain.Config, seed: int) -> Path:
+    """A folder with weights as the pre-training began with, but of another seed."""
+    base, _ = pretrain.open_start(config.model_copy(update={"seed": seed}))
     return base.path
 
 
-def accuracy(start: Path, folder: Path, plan: Plan, lr: float, seed: int) -> float:
-    """Held-out accuracy after the last step."""
+def accuracies(
+    start: Path,
+    folder: Path,
+    plan: Plan,
+    questions: Questions,
+    *,
+    optimizer: dict[str, Any],
+    seed: int,
+) -> tuple[float, float]:
+    """Of validation and of test after the last step."""
     config = build_config(
         finetune.Config,
         {
             "model": str(start),
             "task": {
-                "kind": "classification", "train": plan.train, "validation": plan.validation,
-                "deduplicate": True, "max_length": 64, "too_long": "truncate",
+                "kind": "classification", "train": str(questions.train),
+                "validation": str(questions.validation),
             },
+            "dropout": 0,
             "duration": f"{plan.steps} steps",
             "batch": f"{plan.batch} examples",
             "precision": "fp32",
-            "optimizer": {"lr": lr, "warmup": "10%"},
+            "num_workers": 0,
+            "optimizer": {**optimizer, "warmup": "10%"},
             # The last weights are those that count, not the best of several looks at the answers.
             "evaluate": {"every": f"{plan.steps} steps", "metric": "accuracy"},
             "save_every": f"{plan.steps} steps",
@@ -130,50 +187,56 @@ def accuracy(start: Path, folder: Path, plan: Plan, lr: float, seed: int) -> flo
             "run_dir": str(folder),
         },
     )  # fmt: skip
-    return finetune.run(config).metrics["accuracy"]
+    validation = finetune.run(config).metrics["accuracy"]
+    tested = evaluate.run(str(folder / "model"), data=str(questions.test))
+    return validation, tested.metrics["accuracy"]
 
 
-def compare(run: str, plan: Plan, folder: Path) -> Comparison:
-    """Fine-tune both starts of a run with every learning rate and seed.
-
-    Raises:
-        ConfigError: the folder is no finished run of a new model.
-    """
-    source = Path(run)
-    config = open_config(source)
+def compare(
+    family: str, plan: Plan, questions: Questions, folder: Path, fine_tuning: Path
+) -> Comparison:
+    """Pre-train one model, and fine-tune from both starts with every learning rate and seed."""
+    config = pretraining_config(family, plan, questions, folder)
+    source = Path(config.run_dir)
+    pretrain.run(config, resume=source.is_dir())
+    events = read_metrics(source / "metrics.jsonl")
+    end = [event for event in events if event["event"] == "end"][-1]
     outcomes: list[Outcome] = []
-    for lr in plan.lrs:
-        found: dict[str, list[float]] = {start: [] for start in STARTS}
+    name, usual = FINE_TUNING[family]
+    for lr in plan.lrs or usual:
+        optimizer = {"name": name, "lr": lr}
+        found: dict[str, list[tuple[float, float]]] = {start: [] for start in STARTS}
         for seed in plan.seeds:
-            paths = (source / "model", new_start(config, source / "model", seed))
+            paths = (source / "model", new_start(config, seed))
             for start, path in zip(STARTS, paths, strict=True):
-                place = folder / f"{source.name}-{start}-{lr}-{seed}"
-                found[start].append(accuracy(path, place, plan, lr, seed))
-        outcomes += [Outcome(run, start, lr, values) for start, values in found.items()]
+                place = fine_tuning / f"{family}-{start}-{lr}-{seed}"
+                found[start].append(
+                    accuracies(path, place, plan, questions, optimizer=optimizer, seed=seed)
+                )
+        outcomes += [
+            Outcome(start, lr, [validation for validation, _ in each], [test for _, test in each])
+            for start, each in found.items()
+        ]
     best = {
-        start: max((each for each in outcomes if each.start == start), key=lambda each: each.mean)
+        start: max(
+            (each for each in outcomes if each.start == start),
+            key=lambda each: statistics.mean(each.validation),
+        )
         for start in STARTS
     }
-    return Comparison(run, config.model, best["pre-trained"], best["new"], outcomes)
+    facts = {"seconds": end["seconds"], "loss": end["loss"]}
+    return Comparison(family, config.model, facts, best["pre-trained"], best["new"], outcomes)
 
 
-def warnings_of(run: str, plan: Plan) -> list[str]:
-    """What a reader must know of the text that a run was trained on."""
-    task = open_config(Path(run)).task
-    sources = (task.train,) if isinstance(task.train, str) else tuple(task.train)
-    if plan.train not in sources:
-        return []
-    return [f"{run} was pre-trained on `{plan.train}`: it may have read questions held out here"]
-
-
-COLUMNS = ("run", "model", "pre-trained", "rate", "new", "rate", "margin of each seed")
+COLUMNS = ("model", "pre-training", "pre-trained", "rate", "new", "rate", "margin of each seed")
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
-    """One row a run, in Markdown: means, and the spread of the seeds."""
+    """One row a family, in Markdown: means, and the spread of the seeds."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
     for found in comparisons:
-        cells = [found.run, found.model]
+        facts = found.pretraining
+        cells = [found.model, f"{facts['seconds']:.0f} s, loss {facts['loss']:.3f}"]
         for outcome in (found.pretrained, found.new):
             cells += [f"{outcome.mean:.3f} (spread {outcome.spread:.3f})", f"{outcome.lr:g}"]
         cells.append(", ".join(f"{margin:+.3f}" for margin in found.margins))
@@ -181,37 +244,81 @@ def table(comparisons: Sequence[Comparison]) -> str:
     return "\n".join(lines)
 
 
+def parse_arguments() -> argparse.Namespace:
+    """The options; every one has a default, so that no option is needed."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    add = parser.add_argument
+    add("--families", nargs="+", choices=tuple(PRETRAINING), default=list(PRETRAINING))
+    add("--questions", default="asset:trec", help="labelled questions")
+    add("--held-out", type=int, default=500, help="for validation, and as many to test on")
+    add("--other-text", nargs="*", default=OTHER_TEXT, help="what else the models read before")
+    add("--labelled", type=int, default=200, help="questions to fine-tune on")
+    add("--copies", type=int, default=5, help="of each question in the text")
+    add("--vocab-size", type=int, default=2000)
+    add("--pretraining-steps", type=int, help="instead of each family's own")
+    add("--steps", type=int, default=80, help="of each fine-tuning")
+    add("--batch", type=int, default=32, help="questions of a step")
+    add("--lrs", type=float, nargs="*", default=[], help="instead of each family's own")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tuning")
+    add("--threads", type=int, default=1)
+    add("--folder", type=Path, help="where the pre-trained models are kept, and found again")
+    add("--json", type=Path, metavar="FILE", help="write every figure there")
+    return parser.parse_args()
+
+
+@contextmanager
+def workplace(chosen: Path | None) -> Iterator[tuple[Path, Path]]:
+    """Where the pre-trained models go, and where the fine-tuned ones do, which are not kept."""
+    with tempfile.TemporaryDirectory(prefix="fulltune-pretraining-helps-") as temporary:
+        place = Path(temporary)
+        yield chosen or place / "pretraining", place / "fine-tuning"
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="runs of `fulltune pretrain`")
-    parser.add_argument("--train", default="asset:trec", help="labelled texts")
-    parser.add_argument("--validation", default="500 examples", help="how many are held out")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=32, help="examples of a step")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[5e-4])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    arguments = parser.parse_args()
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    steps = arguments.pretraining_steps
     plan = Plan(
-        arguments.train, arguments.validation, arguments.steps, arguments.batch,
-        tuple(arguments.lrs), tuple(arguments.seeds),
+        arguments.vocab_size, arguments.steps, arguments.batch, tuple(arguments.lrs),
+        tuple(arguments.seeds), {"duration": f"{steps} steps"} if steps else {},
     )  # fmt: skip
     started = time.perf_counter()
     try:
-        notes = [note for run in arguments.runs for note in warnings_of(run, plan)]
-        with tempfile.TemporaryDirectory() as folder:
-            comparisons = [compare(run, plan, Path(folder)) for run in arguments.runs]
+        with workplace(arguments.folder) as (folder, fine_tuning):
+            questions = write_questions(
+                arguments.questions, folder / "questions", num_held_out=arguments.held_out,
+                num_labelled=arguments.labelled, copies=arguments.copies,
+                other_text=arguments.other_text,
+            )  # fmt: skip
+            # What is made of these questions goes with them; the assets were the user's own.
+            os.environ["FULLTUNE_CACHE"] = str(fine_tuning / "cache")
+            comparisons = [
+                compare(family, plan, questions, folder, fine_tuning)
+                for family in arguments.families
+            ]
     except FulltuneError as error:
         print(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
         return 2
+    seconds = time.perf_counter() - started
     print(table(comparisons))
-    print(f"{plan.steps} steps of {plan.batch}, {time.perf_counter() - started:.0f} s in all")
-    for note in notes:
-        print(f"note: {note}")
+    print(
+        f"{plan.steps} steps of {plan.batch}, {questions.num_questions[0]:,} labelled questions; "
+        f"text of {questions.num_documents:,} documents, {questions.num_left_out} with a held-out "
+        f"question left out; {seconds:.0f} s in all"
+    )
     if arguments.json:
-        rows = [{**asdict(found), "margins": found.margins} for found in comparisons]
-        written = {"plan": asdict(plan), "notes": notes, "comparisons": rows}
-        arguments.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        written = {
+            "machine": describe_machine(torch.device("cpu")),
+            "versions": versions(),
+            "commit": git_commit(Path(__file__).parent),
+            "seconds": round(seconds, 1),
+            "plan": asdict(plan),
+            "num_questions": questions.num_questions,
+            "num_documents": questions.num_documents,
+            "num_left_out": questions.num_left_out,
+            "comparisons": [{**asdict(found), "margins": found.margins} for found in comparisons],
+        }
+        arguments.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return 0 if all(min(found.margins) > 0 for found in comparisons) else 1
 
 

@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from fulltune.config import build_config
+from fulltune.config import build_config, read_yaml
 from fulltune.data.tokenizers import TokenizerConfig, TokenizerFamily, train_tokenizer
 from fulltune.recipes import evaluate, pretrain
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 ngrams = importlib.import_module("ngram_baselines")
 helps = importlib.import_module("pretraining_helps")
+question_text = importlib.import_module("question_text")
 
 LINES = (
     "The river runs past the old mill.", "Nobody has seen the miller since spring.",
@@ -122,31 +125,80 @@ def test_what_ends_a_span_costs_what_a_known_share_of_ends_costs() -> None:
     assert targets.nats(np.full(3, 0.25)) == pytest.approx(expected / 6, rel=1e-12)
 
 
+@pytest.fixture
+def other_text(tmp_path: Path) -> Path:
+    """Rows with a context and a question, as SQuAD has them."""
+    rows = [
+        {"context": f"{LINES[day % 5]} It is day {day}.", "question": f"Who saw day {day}?"}
+        for day in range(60)
+    ]
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 @pytest.mark.parametrize("family", ["bert", "xlnet", "t5"])
 def test_both_starts_are_fine_tuned_alike_and_differ_in_their_weights_alone(
-    tmp_path: Path, classification_file: Path, family: TokenizerFamily,
+    tmp_path: Path, classification_file: Path, other_text: Path, family: TokenizerFamily,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    run = pretrain_a_little(tmp_path, family, {})
-    options = f"{run} --train {classification_file} --validation 24 --steps 2 --batch 8"
-    words = [*options.split(), "--seeds", "0", "1", "--lrs", "1e-3", "--json", str(tmp_path / "o")]
-    words[words.index("24")] = "24 examples"
-    monkeypatch.setattr(sys, "argv", ["pretraining_helps.py", *words])
+    folder, output = tmp_path / "kept", tmp_path / "helps.json"
+    options = (
+        f"--families {family} --questions {classification_file} --held-out 20 --vocab-size 160 "
+        f"--other-text {other_text} --pretraining-steps 2 --steps 2 --batch 8 --lrs 1e-3 2e-3 "
+        f"--seeds 0 1 --folder {folder} --json {output}"
+    )
+    monkeypatch.setattr(sys, "argv", ["pretraining_helps.py", *options.split()])
     assert helps.main() in (0, 1)
-    written = json.loads((tmp_path / "o").read_text(encoding="utf-8"))
+    written = json.loads(output.read_text(encoding="utf-8"))
     (found,) = written["comparisons"]
-    assert {outcome["start"] for outcome in found["all"]} == {"pre-trained", "new"}
-    assert all(len(outcome["accuracies"]) == 2 for outcome in found["all"])
-    assert written["notes"] == []
-    assert str(run) in capsys.readouterr().out
-    config = helps.open_config(run)
-    first = (helps.new_start(config, run / "model", 0) / "model.safetensors").read_bytes()
-    assert first != (helps.new_start(config, run / "model", 1) / "model.safetensors").read_bytes()
-    assert first != (run / "model" / "model.safetensors").read_bytes()
+    assert [(each["start"], each["lr"]) for each in found["all"]] == [
+        ("pre-trained", 1e-3), ("new", 1e-3), ("pre-trained", 2e-3), ("new", 2e-3),
+    ]  # fmt: skip
+    assert all(len(each["test"]) == len(each["validation"]) == 2 for each in found["all"])
+    assert found["model"] in capsys.readouterr().out
+    config = build_config(pretrain.Config, read_yaml(folder / f"pretrain-{family}" / "config.yaml"))
+    starts = [helps.new_start(config, seed) for seed in (0, 1)]
+    starts.append(folder / f"pretrain-{family}" / "model")
+    weights = [load_file(start / "model.safetensors") for start in starts]
+    assert weights[0].keys() == weights[1].keys() == weights[2].keys()
+    texts = [(start / "tokenizer.json").read_text(encoding="utf-8") for start in starts]
+    assert texts[0] == texts[1] == texts[2]
+    for first, second in ((0, 1), (0, 2)):
+        assert any(not torch.equal(weights[first][name], weights[second][name]) for name in weights[0])  # fmt: skip # noqa: E501
 
 
-def test_text_that_may_hold_the_answers_is_named(tmp_path: Path) -> None:
-    run = pretrain_a_little(tmp_path, "gpt", {})
-    train = helps.open_config(run).task.train
-    plan = helps.Plan(train, "8 examples", 2, 8, (1e-3,), (0,))
-    assert "may have read questions held out here" in helps.warnings_of(str(run), plan)[0]
+def test_no_held_out_question_is_in_the_text_that_is_pre_trained_on(tmp_path: Path) -> None:
+    asked = [f"Where does river {number} end ?" for number in range(40)] + ["河在哪里结束？"]
+    labelled = tmp_path / "labelled.jsonl"
+    rows = [{"text": text, "label": "LOC"} for text in (*asked, "where does River 7 end?")]
+    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    other = tmp_path / "other.jsonl"
+    quotes = [{"text": f"She asked: “{text.upper()}” Nobody knew."} for text in asked]
+    other.write_text("".join(json.dumps(row) + "\n" for row in quotes), encoding="utf-8")
+    split = question_text.write_questions(
+        str(labelled), tmp_path / "split", num_held_out=10, copies=2, other_text=[str(other)]
+    )
+    assert split.num_questions == (21, 10, 10)  # the one asked twice is one
+    texts = {
+        path: [
+            question_text.words_of(json.loads(line)["text"])
+            for line in path.read_text(encoding="utf-8").splitlines()
+        ]
+        for path in (split.train, split.validation, split.test, split.text)
+    }
+    read = texts[split.text]
+    assert split.num_left_out == 20
+    assert len(read) == split.num_documents == 2 * 21 + 21
+    assert set(texts[split.train]) < set(read)
+    for held_out in (*texts[split.validation], *texts[split.test]):
+        assert not [document for document in read if held_out in document]
+
+
+def test_more_questions_held_out_than_there_are_is_refused(
+    classification_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"--questions {classification_file} --held-out 60".split()
+    monkeypatch.setattr(sys, "argv", ["pretraining_helps.py", *words])
+    assert helps.main() == 2
+    assert "too few to hold out 60 twice" in capsys.readouterr().err
