@@ -12,6 +12,7 @@ from fulltune.data.arranged import ArrangedExamples, Documents
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.streams import TokenStream
 from fulltune.data.tasks import Example
+from fulltune.errors import ModelError
 from fulltune.objectives.base import Batch, Scores, tokenizer_fingerprint
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.documents import encode_document
@@ -38,13 +39,20 @@ class CausalStream:
             evaluation the text is as it is, so that losses with and without can be compared.
 
     Raises:
-        ModelError: the tokenizer lacks the sentinels of fill-in-the-middle.
+        ModelError: the tokenizer lacks an end token, or the sentinels of fill-in-the-middle.
     """
 
     language_model: CausalLM
     fim_rate: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"the tokenizer of `{self.tokenizer.name_or_path}` has no `eos_token`, which ends "
+                "each document of a stream",
+                hint="use a tokenizer made for GPT (`--family gpt`), or name the token in "
+                "tokenizer_config.json",
+            )
         if self.fim_rate:
             fim_ids(self.tokenizer)
 
