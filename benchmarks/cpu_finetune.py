@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_finetune.py
     python benchmarks/cpu_finetune.py --kind text --data asset:shakespeare --json text.json
-    python benchmarks/cpu_finetune.py --peers fulltune hf-bf16 --steps 12 --seeds 0
+    python benchmarks/cpu_finetune.py --peers fulltune hf-bf16 --seeds 0
 
 Every run is a process of its own. Peers run in turn, round after round, so that a busy machine
 slows all of them alike; ratios are taken inside a round and the median over rounds is shown. All
@@ -41,6 +41,7 @@ PEERS = (
     "hand",
 )
 BASELINE = "hf-bf16"
+USUAL = ("fulltune", "hf-bf16", "trl", "trl-packed", "hand")
 DATA = {"chat": "asset:alpaca-en", "text": "asset:shakespeare"}
 GIB = 1024**3
 
@@ -52,24 +53,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--kind", choices=("chat", "text"), default="chat", help="what the rows are")
     add("--model", default="asset:smollm2-135m-instruct", help="a folder or asset:NAME")
     add("--data", help="JSON or JSONL (chat), plain text (text), or asset:NAME")
-    add("--peers", nargs="+", choices=PEERS, metavar="PEER", help=f"of: {', '.join(PEERS)}")
+    add(
+        "--peers", nargs="+", choices=PEERS, default=list(USUAL), metavar="PEER",
+        help=f"of: {', '.join(PEERS)} (default: {' '.join(USUAL)})",
+    )  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="orders of the data")
     add("--rounds", type=int, help="rounds; each takes the next seed (default: one per seed)")
-    add("--steps", type=int, default=24, help="optimizer steps of a run")
-    add("--skip", type=int, default=4, help="first steps left out of the timing")
+    add("--steps", type=int, default=12, help="optimizer steps of a run")
+    add("--skip", type=int, default=2, help="first steps left out of the timing")
     add("--batch", type=int, default=8, help="rows per optimizer step")
     add("--held-out", type=int, default=64, help="held-out rows")
     add("--max-length", type=int, default=1024, help="longer rows are left out for every peer")
     add("--lr", type=float, default=2e-5)
     add("--betas", nargs=2, type=float, default=[0.9, 0.999])
     add("--weight-decay", type=float, default=0.0, help="as in Trainer and SFTTrainer by default")
-    add("--warmup", type=int, default=4, help="steps")
+    add("--warmup", type=int, default=3, help="steps")
     add("--clip-norm", type=float, default=1.0)
     add("--threads", type=int, help="threads of every peer (default: torch's choice)")
     add("--json", type=Path, metavar="FILE", help="write every figure there")
     add("--keep", type=Path, metavar="FOLDER", help="keep rows and logs there")
     options = parser.parse_args(argv)
-    options.peers = options.peers or [peer for peer in PEERS if peer != "hf-bf16-weights"]
     options.rounds = options.rounds or len(options.seeds)
     options.data = options.data or DATA[options.kind]
     if options.skip >= options.steps:
