@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,21 +155,31 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     return chosen
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device, *, size: int = 1024) -> float:
-    """Measured rate of a square matrix product, in FLOP/s: the best of a few timed products."""
+def matmul_rates(
+    dtypes: Sequence[torch.dtype], device: torch.device, *, size: int = 1024, seconds: float = 0.3
+) -> list[float]:
+    """Measured rate of a square matrix product in each dtype, in FLOP/s: the best of many.
+
+    The dtypes take turns, so that whatever else the machine does for a moment slows all of them.
+    """
     import torch
 
-    size = 8192 if device.type == "cuda" else size
+    if device.type == "cuda":
+        size = 8192
     generator = torch.Generator().manual_seed(0)
-    left = torch.randn(size, size, generator=generator).to(device, dtype)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        left @ left
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    matrix = torch.randn(size, size, generator=generator)
+    matrices = [matrix.to(device, dtype) for dtype in dtypes]
+    best = [float("inf")] * len(matrices)
+    rounds, begin = 0, time.perf_counter()
+    while rounds < 8 or time.perf_counter() - begin < seconds:
+        for index, matrix in enumerate(matrices):
+            start = time.perf_counter()
+            matrix @ matrix
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best[index] = min(best[index], time.perf_counter() - start)
+        rounds += 1
+    return [2 * size**3 / taken for taken in best]
 
 
 @dataclass(frozen=True)
@@ -186,17 +196,15 @@ def choose_precision(precision: Precision, device: torch.device) -> PrecisionCho
     """`auto` takes bf16 where its products are measured at least 1.5 times as fast as fp32's."""
     import torch
 
-    rates = {
-        name: matmul_rate(dtype, device)
-        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
-        if precision in ("auto", name)
-    }
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    if precision != "auto":
+        dtypes = {precision: dtypes[precision]}
+    rates = dict(zip(dtypes, matmul_rates(list(dtypes.values()), device), strict=True))
     shown = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
     name = precision
     if precision == "auto":
         name = "bf16" if rates["bf16"] >= 1.5 * rates["fp32"] else "fp32"
-    dtype = torch.bfloat16 if name == "bf16" else torch.float32
-    return PrecisionChoice(dtype, rates[name], f"{name} (measured: {shown})")
+    return PrecisionChoice(dtypes[name], rates[name], f"{name} (measured: {shown})")
 
 
 def seed_everything(seed: int) -> None:

@@ -1,15 +1,18 @@
-"""What is set in the process: how freed memory is kept."""
+"""What is set in the process, and measured of the machine."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fulltune.errors import ConfigError
-from fulltune.runtime import start_runtime
+from fulltune.runtime import matmul_rates, start_runtime
 
 FAULTS_OF_LAST_ROUND = """
 import resource
@@ -44,3 +47,21 @@ def test_several_ranks_are_not_given_one_gpu(monkeypatch):
     with pytest.raises(ConfigError, match="2 ranks cannot share") as caught:
         start_runtime("cuda:0")
     assert "device: cuda" in caught.value.hint
+
+
+def test_precisions_are_measured_in_turn_so_that_a_busy_moment_slows_both() -> None:
+    multiplied: list[torch.dtype] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if operator is torch.ops.aten.mm.default:
+                multiplied.append(args[0].dtype)
+            return operator(*args, **(kwargs or {}))
+
+    asked = [torch.bfloat16, torch.float32]
+    with Products():
+        rates = matmul_rates(asked, torch.device("cpu"), size=32, seconds=0)
+    assert multiplied == 8 * asked
+    assert min(rates) > 0
