@@ -44,31 +44,31 @@ PRETRAINING: dict[str, dict[str, Any]] = {
     "bert": {
         "model": "modernbert-tiny",
         "objective": {"length": 64, "masking": {"rate": 0.3}},
-        "duration": "1000 steps",
+        "duration": "4000 steps",
         "optimizer": {"lr": 3e-3, "warmup": "10%", "schedule": "cosine"},
     },
     "xlnet": {
         "model": "xlnet-tiny",
         "architecture": {"initializer_range": 0.1},
         "objective": {"length": 64, "permutation": {"perm_size": 64}},
-        "duration": "600 steps",
+        "duration": "4000 steps",
         "optimizer": {"lr": 2e-3, "warmup": "10%", "schedule": "cosine"},
     },
     "t5": {
         "model": "t5-tiny",
-        "objective": {"length": 64, "spans": {"noise_density": 0.3}},
-        "duration": "800 steps",
+        "objective": {"length": 64, "spans": {"noise_density": 0.5, "mean_length": 8}},
+        "duration": "4000 steps",
         "optimizer": {"name": "adamw_scaled", "lr": 2e-2, "warmup": "10%", "schedule": "cosine"},
     },
 }
 """What differs between the families."""
 
-FINE_TUNING: dict[str, tuple[str, tuple[float, ...]]] = {
-    "bert": ("adamw", (1e-3, 2e-3, 4e-3)),
-    "xlnet": ("adamw", (1e-3, 2e-3, 4e-3, 8e-3)),
-    "t5": ("adamw_scaled", (1e-2, 3e-2)),
+FINE_TUNING: dict[str, dict[str, tuple[float, ...]]] = {
+    "bert": {"adamw": (5e-4, 1e-3, 2e-3, 4e-3)},
+    "xlnet": {"adamw": (5e-4, 1e-3, 2e-3, 4e-3)},
+    "t5": {"adamw": (5e-4, 1e-3, 2e-3), "adamw_scaled": (1e-2, 3e-2)},
 }
-"""The optimizer of both starts, and the learning rates that are tried with each."""
+"""Optimizers and their learning rates, all of which are tried with both starts."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class Outcome:
     """One start with one learning rate: accuracies of each seed after the last step."""
 
     start: str
+    optimizer: str
     lr: float
     validation: list[float]
     test: list[float]
@@ -137,8 +138,7 @@ def pretraining_config(
         "tokenizer": str(words),
         "task": {"kind": "text", "train": str(questions.text), "validation": "2%"},
         "dropout": 0,
-        "batch": "2048 tokens",
-        "precision": "fp32",
+        "batch": "4096 tokens",
         "num_workers": 0,
         "evaluate": {"every": "100000 steps"},
         "save_every": "100000 steps",
@@ -192,6 +192,12 @@ def accuracies(
     return validation, tested.metrics["accuracy"]
 
 
+def rates_of(family: str, plan: Plan) -> list[tuple[str, float]]:
+    """Every optimizer of a family with every rate."""
+    tried = FINE_TUNING[family].items()
+    return [(name, lr) for name, usual in tried for lr in plan.lrs or usual]
+
+
 def compare(
     family: str, plan: Plan, questions: Questions, folder: Path, fine_tuning: Path
 ) -> Comparison:
@@ -202,19 +208,18 @@ def compare(
     events = read_metrics(source / "metrics.jsonl")
     end = [event for event in events if event["event"] == "end"][-1]
     outcomes: list[Outcome] = []
-    name, usual = FINE_TUNING[family]
-    for lr in plan.lrs or usual:
+    for name, lr in rates_of(family, plan):
         optimizer = {"name": name, "lr": lr}
         found: dict[str, list[tuple[float, float]]] = {start: [] for start in STARTS}
         for seed in plan.seeds:
             paths = (source / "model", new_start(config, seed))
             for start, path in zip(STARTS, paths, strict=True):
-                place = fine_tuning / f"{family}-{start}-{lr}-{seed}"
+                place = fine_tuning / f"{family}-{start}-{name}-{lr}-{seed}"
                 found[start].append(
                     accuracies(path, place, plan, questions, optimizer=optimizer, seed=seed)
                 )
         outcomes += [
-            Outcome(start, lr, [validation for validation, _ in each], [test for _, test in each])
+            Outcome(start, name, lr, [seen for seen, _ in each], [test for _, test in each])
             for start, each in found.items()
         ]
     best = {
@@ -238,7 +243,8 @@ def table(comparisons: Sequence[Comparison]) -> str:
         facts = found.pretraining
         cells = [found.model, f"{facts['seconds']:.0f} s, loss {facts['loss']:.3f}"]
         for outcome in (found.pretrained, found.new):
-            cells += [f"{outcome.mean:.3f} (spread {outcome.spread:.3f})", f"{outcome.lr:g}"]
+            rate = f"{outcome.optimizer} {outcome.lr:g}"
+            cells += [f"{outcome.mean:.3f} (spread {outcome.spread:.3f})", rate]
         cells.append(", ".join(f"{margin:+.3f}" for margin in found.margins))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

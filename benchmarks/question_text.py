@@ -17,7 +17,7 @@ from pathlib import Path
 from fulltune.data.records import read_records
 from fulltune.errors import ConfigError
 
-OTHER_TEXT = ("asset:squad-sample", "asset:alpaca-en")
+OTHER_TEXT = ("asset:squad-sample", "asset:alpaca-en", "asset:reading-en")
 TEXT_FIELDS = ("text", "context", "question", "instruction", "input", "output")
 """Fields of a row that hold text, of data sets of every kind; each is a document of its own."""
 
