@@ -87,7 +87,6 @@ class SpanCorruption:
             token.
         max_length: tokens of the corrupted inputs.
         spans: which tokens are noise.
-        keep_last: whether the last, shorter window of the stream is kept.
 
     Raises:
         ModelError: the tokenizer lacks one of its special tokens, or sentinels.
@@ -96,7 +95,6 @@ class SpanCorruption:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     spans: SpanConfig = field(default_factory=SpanConfig)
-    keep_last: bool = True
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
@@ -190,12 +188,7 @@ class SpanCorruption:
         end_id = self.tokenizer.eos_token_id
         assert isinstance(end_id, int)
         return TokenStream(
-            documents,
-            indices,
-            seed,
-            window_tokens=self.window_tokens,
-            end_id=end_id,
-            keep_last=self.keep_last,
+            documents, indices, seed, window_tokens=self.window_tokens, end_id=end_id
         )
 
     def corrupt(self, example: EncodedExample) -> tuple[list[int], list[int]]:
