@@ -17,12 +17,12 @@ import secrets
 import threading
 import time
 from array import array
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
@@ -36,10 +36,10 @@ from fulltune.data.formats import (
     make_example,
     recognise_format,
 )
-from fulltune.data.processes import interrupted_afterwards, process_context, tie_to_parent
+from fulltune.data.processes import work_in_order
 from fulltune.data.records import Record, read_records, source_fingerprint
 from fulltune.data.tasks import Example, TaskConfig, TaskKind
-from fulltune.errors import DataError, FulltuneError
+from fulltune.errors import DataError
 
 
 class EncodedExample(TypedDict):
@@ -436,87 +436,37 @@ _NUMBER_COLUMNS = [field.name for field in _SCHEMA if pa.types.is_integer(field.
 # Processes
 
 
-_work: _Work | None = None
-"""What this worker process does; set once by `_start_worker`."""
-
-
 def _encode_chunks(
     work: _Work, chunks: Iterator[_Chunk], num_workers: int, progress: Callable[[int], None]
 ) -> tuple[list[str], int]:
     shards: list[str] = []
     num_records = 0
 
-    def finished(shard: str, count: int) -> None:
+    def finished(done: tuple[str, int]) -> None:
         nonlocal num_records
+        shard, count = done
         shards.append(shard)
         num_records += count
         progress(num_records)
 
-    # Starting a process costs more than encoding one chunk.
-    items = _chunks_then_error(chunks)
-    first = list(itertools.islice(items, 2))
-    items = itertools.chain(first, items)
-    if len(first) < 2 or num_workers <= 1:
-        for item in items:
-            if isinstance(item, FulltuneError):
-                raise item
-            finished(work.shard(item), len(item.records))
-        return shards, num_records
-
-    failure: FulltuneError | None = None
-    waiting: deque[tuple[Future[str], int]] = deque()
-    with ProcessPoolExecutor(
-        num_workers,
-        mp_context=process_context(__name__, work.encode.__module__),
-        initializer=_start_worker,
-        initargs=(work,),
-    ) as pool:
-        try:
-            for item in items:
-                if isinstance(item, FulltuneError):
-                    failure = item
-                    break
-                with interrupted_afterwards():
-                    future = pool.submit(_encode_chunk, item)
-                waiting.append((future, len(item.records)))
-                if len(waiting) == 2 * num_workers:
-                    future, count = waiting.popleft()
-                    finished(future.result(), count)
-            while waiting:
-                future, count = waiting.popleft()
-                finished(future.result(), count)
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a process that encodes the data was killed, probably because memory ran out",
-                hint="run again with a smaller `num_workers`; finished work is kept",
-            ) from error
-        finally:
-            for future, _ in waiting:
-                future.cancel()
-    if failure is not None:
-        raise failure
+    try:
+        work_in_order(
+            chunks,
+            partial(_start_work, work),
+            finished,
+            num_workers=num_workers,
+            modules=[__name__, work.encode.__module__],
+        )
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that encodes the data was killed, probably because memory ran out",
+            hint="run again with a smaller `num_workers`; finished work is kept",
+        ) from error
     return shards, num_records
 
 
-def _chunks_then_error(chunks: Iterator[_Chunk]) -> Iterator[_Chunk | FulltuneError]:
-    """Reading runs ahead of encoding, and an earlier row that fails there is named first."""
-    try:
-        yield from chunks
-    except FulltuneError as error:
-        yield error
-
-
-def _start_worker(work: _Work) -> None:
-    global _work
-    _work = work
-    # The tokenizers have no other switch. The processes are the parallelism.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tie_to_parent()
-
-
-def _encode_chunk(chunk: _Chunk) -> str:
-    assert _work is not None
-    return _work.shard(chunk)
+def _start_work(work: _Work) -> Callable[[_Chunk], tuple[str, int]]:
+    return lambda chunk: (work.shard(chunk), len(chunk.records))
 
 
 # Files
