@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fulltune.data.arranged import JoinedExamples
 from fulltune.data.chat import end_of_turn_ids
-from fulltune.data.encoding import EncodedDataset, encode_dataset
+from fulltune.data.encoded_dataset import EncodedDataset, encode_dataset
 from fulltune.data.formats import ROWS_LOOKED_AT, make_example, recognise_format
 from fulltune.data.joined import JoinedDataset
 from fulltune.data.preview import examine

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from fulltune.config import Settings
 from fulltune.data.arranged import JoinedExamples
-from fulltune.data.encoding import EncodedDataset
+from fulltune.data.encoded_dataset import EncodedDataset
 from fulltune.data.preview import examine
 from fulltune.data.preview_checks import check
 from fulltune.data.sections import Sections
