@@ -41,7 +41,7 @@ from fulltune import assets
 from fulltune.assets.building import built_whole
 from fulltune.assets.dequantize import dequantize_gguf
 from fulltune.assets.quiet import quiet_transformers
-from fulltune.errors import AssetError, ConfigError, ModelError, near_paths
+from fulltune.errors import AssetError, ConfigError, ModelError, first_line, near_paths
 from fulltune.models import attention as _registered  # noqa: F401  (registers "fulltune")
 from fulltune.models.families import Family, family_of, layer_of
 from fulltune.runtime import cache_dir
@@ -138,9 +138,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except (OSError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, ModelError):
             raise
-        reason = f"{_first_line(error)} is missing" if isinstance(error, KeyError) else str(error)
+        missing = " is missing" if isinstance(error, KeyError) else ""
         raise ModelError(
-            f"`{path}` has no tokenizer that can be read: {reason.strip().splitlines()[0]}",
+            f"`{path}` has no tokenizer that can be read: {first_line(error)}{missing}",
             hint=needed,
         ) from error
     if tokenizer.pad_token is None:
@@ -203,25 +203,14 @@ def load_model(
 
     auto = AUTO_CLASSES[head]
     chosen = attention if family.can_pack or attention == "eager" else None
-    try:
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            loaded, report = auto.from_pretrained(
-                path,
-                config=config,
-                dtype=dtype,
-                attn_implementation=chosen,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                local_files_only=True,
-                use_safetensors=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"`{path}` cannot be loaded: {_first_line(error)}",
-            hint="do config.json and the weights belong together?",
-        ) from error
-
-    model: PreTrainedModel = loaded
+    model, report = from_pretrained(
+        auto,
+        path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=chosen,
+        ignore_mismatched_sizes=True,
+    )
     fresh = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     if new_head and head == "classification":
         prefix = f"{model.base_model_prefix}."
@@ -245,26 +234,45 @@ def load_body(path: Path, *, attention: str) -> PreTrainedModel:
     config = load_model_config(path)
     _check_vocabulary(config, load_tokenizer(path), path)
     auto: Any = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
-    try:
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            loaded, report = auto.from_pretrained(
-                path,
-                config=config,
-                dtype=torch.float32,
-                attn_implementation=attention,
-                output_loading_info=True,
-                local_files_only=True,
-                use_safetensors=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"`{path}` cannot be loaded: {_first_line(error)}",
-            hint="do config.json and the weights belong together?",
-        ) from error
-    body: PreTrainedModel = loaded
+    body, report = from_pretrained(
+        auto, path, config=config, dtype=torch.float32, attn_implementation=attention
+    )
     # A pooler counts as a head, and folders of language models do not hold one.
     _check_missing(report["missing_keys"], body, path, new_head=True)
     return body
+
+
+def from_pretrained(
+    auto: Any, path: Path, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Make a model of a checked folder's weights; torch's random state is put back afterwards.
+
+    Args:
+        auto: a model class of transformers, or one that chooses it by the config.
+        path: folder in plain Hugging Face layout.
+        options: of transformers' `from_pretrained`.
+
+    Returns:
+        The model, and what transformers says of weights that it did not find or could not use.
+
+    Raises:
+        ModelError: config and weights do not fit each other.
+    """
+    try:
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            model, report = auto.from_pretrained(
+                path,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
+                **options,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"`{path}` cannot be loaded: {first_line(error)}",
+            hint="do config.json and the weights belong together?",
+        ) from error
+    return model, report
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -378,7 +386,7 @@ def _from_hub(name: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
         offline = isinstance(error, LocalEntryNotFoundError)
-        reason = "it is offline or not reached" if offline else _first_line(error)
+        reason = "it is offline or not reached" if offline else first_line(error)
         if Path(name).parent.is_dir() and "/" in name:  # a path here, if there ever was one
             raise ModelError(
                 f"there is no folder `{name}`; a model of this name on the hub was not had either: "
@@ -453,7 +461,7 @@ def load_model_config(path: Path) -> PretrainedConfig:
         model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(
-            f"`{file}` cannot be read: {_first_line(error)}", hint="copy or download it again"
+            f"`{file}` cannot be read: {first_line(error)}", hint="copy or download it again"
         ) from error
     if model_type not in CONFIG_MAPPING:
         raise ModelError(
@@ -465,7 +473,7 @@ def load_model_config(path: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"`{file}` cannot be used: {_first_line(error)}",
+            f"`{file}` cannot be used: {first_line(error)}",
             hint="is the installed transformers new enough for this model?",
         ) from error
     return config
@@ -574,7 +582,3 @@ def _initialize(model: PreTrainedModel, names: Collection[str], seed: int) -> No
         else:  # a bias, or the weight of a norm
             start = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
         parameter.copy_(start)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
