@@ -50,8 +50,8 @@ from fulltune.models.loading import (
     load_model_config,
     load_tokenizer,
     read_info,
-    resolve_model,
 )
+from fulltune.models.sources import resolve_model
 from fulltune.objectives.base import Objective, TooLong, to_device
 from fulltune.objectives.causal_lm import CausalLM, require_plain_head
 from fulltune.objectives.classification import Classification
