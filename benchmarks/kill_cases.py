@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fulltune.config import build_config
 from fulltune.data.tokenizers import TokenizerConfig
+from fulltune.models.chat_template import CHAT_TEMPLATES
 from fulltune.recipes import corpus, finetune, finish, pretrain, resume, tokenizer, trainer
 from fulltune.train import checkpoint as checkpoints
 
@@ -227,11 +228,7 @@ def make_model(folder: Path) -> Path:
         eos_token="<|im_end|>",
         pad_token="<|pad|>",
         extra_special_tokens=["<|im_start|>"],
-        chat_template=(
-            "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-            "{{ message['content'] }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-        ),
+        chat_template=CHAT_TEMPLATES["chatml"],
         model_max_length=256,
     )
     torch.manual_seed(0)
