@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fulltune.data.encoding import EncodedExample
 from fulltune.data.streams import TokenStream
 from fulltune.errors import DataError
-from tests.conftest import DocumentsInMemory
+from tests.conftest import DocumentsInMemory, encoded_example
 
 END = -1
 
@@ -19,15 +18,9 @@ END = -1
 def make_documents(lengths: Sequence[int]) -> DocumentsInMemory:
     """Every token tells its document and its place there."""
     return DocumentsInMemory(
-        EncodedExample(
-            input_ids=[1000 * index + place for place in range(length)],
-            targets=[1] * length,
-            token_type_ids=[],
-            label="",
-            num_removed=0,
-            num_removed_targets=0,
-            input_hash=index,
-            example_hash=index,
+        encoded_example(
+            [1000 * index + place for place in range(length)],
+            index,
             num_bytes=3 * length + 1,
             where=f"text.txt:{index + 1}",
         )
