@@ -19,7 +19,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from fulltune.config import build_config
 from fulltune.data.tokenizers import TokenizerConfig
 from fulltune.models.chat_template import CHAT_TEMPLATES
-from fulltune.recipes import corpus, finetune, finish, pretrain, resume, tokenizer, trainer
+from fulltune.recipes import (
+    corpus,
+    finetune,
+    finish,
+    measuring,
+    pretrain,
+    resume,
+    tokenizer,
+    trainer,
+)
 from fulltune.train import checkpoint as checkpoints
 
 Moments = dict[str, tuple[Any, str]]
@@ -29,7 +38,7 @@ OF_EVERY_RUN: Moments = {
     "restoring": (resume, "last_checkpoint"),
     "opening the log": (trainer, "Tracker"),
     "step": (trainer, "train_step"),
-    "evaluating": (trainer, "evaluate_model"),
+    "evaluating": (measuring, "evaluate_model"),
     "saving": (resume, "save_checkpoint"),
     "hashing a save": (checkpoints, "_flushed_sha256"),
     "pruning": (resume, "prune_checkpoints"),
@@ -43,7 +52,7 @@ OF_EVERY_RUN: Moments = {
 OF_FINE_TUNING: Moments = {
     "reading data": (finetune, "prepare"),
     **OF_EVERY_RUN,
-    "sampling": (trainer, "sample_answers"),
+    "sampling": (measuring, "sample_answers"),
 }
 OF_PRE_TRAINING: Moments = {
     "making the model": (pretrain, "make_model"),
