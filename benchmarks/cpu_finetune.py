@@ -59,22 +59,31 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="orders of the data")
     add("--rounds", type=int, help="rounds; each takes the next seed (default: one per seed)")
-    add("--steps", type=int, default=12, help="optimizer steps of a run")
-    add("--skip", type=int, default=2, help="first steps left out of the timing")
     add("--batch", type=int, default=8, help="rows per optimizer step")
     add("--held-out", type=int, default=64, help="held-out rows")
     add("--max-length", type=int, default=1024, help="longer rows are left out for every peer")
-    add("--lr", type=float, default=2e-5)
+    add("--keep", type=Path, metavar="FOLDER", help="keep rows and logs there")
+    options = parse_with_shared_options(parser, argv, skip=2, lr=2e-5, warmup=3)
+    options.rounds = options.rounds or len(options.seeds)
+    options.data = options.data or DATA[options.kind]
+    return options
+
+
+def parse_with_shared_options(
+    parser: argparse.ArgumentParser, argv: list[str] | None, *, skip: int, lr: float, warmup: int
+) -> argparse.Namespace:
+    """The options of a parser, and those of every paired benchmark; the defaults given differ."""
+    add = parser.add_argument
+    add("--steps", type=int, default=12, help="optimizer steps of a run")
+    add("--skip", type=int, default=skip, help="first steps left out of the timing")
+    add("--lr", type=float, default=lr)
     add("--betas", nargs=2, type=float, default=[0.9, 0.999])
-    add("--weight-decay", type=float, default=0.0, help="as in Trainer and SFTTrainer by default")
-    add("--warmup", type=int, default=3, help="steps")
+    add("--weight-decay", type=float, default=0.0, help="as in the other trainers by default")
+    add("--warmup", type=int, default=warmup, help="steps")
     add("--clip-norm", type=float, default=1.0)
     add("--threads", type=int, help="threads of every peer (default: torch's choice)")
     add("--json", type=Path, metavar="FILE", help="write every figure there")
-    add("--keep", type=Path, metavar="FOLDER", help="keep rows and logs there")
     options = parser.parse_args(argv)
-    options.rounds = options.rounds or len(options.seeds)
-    options.data = options.data or DATA[options.kind]
     if options.skip >= options.steps:
         parser.error(f"--skip {options.skip} leaves nothing of --steps {options.steps}")
     return options
@@ -145,12 +154,7 @@ def run_benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         )
         run["matmul_share"] = flops / rate
     return {
-        "command": ["python", "benchmarks/cpu_finetune.py", *sys.argv[1:]],
-        "machine": describe_machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "settings": {k: v for k, v in vars(options).items() if k not in ("json", "keep")},
+        **describe_run("cpu_finetune", options),
         "data": facts,
         "bf16_flops": rate,
         "bf16_flops_of_each_round": rates,
@@ -417,6 +421,18 @@ def print_result(result: dict[str, Any]) -> None:
         f"{result['held_out_loss_before']:.4f}; speed and memory against {BASELINE}",
         highlight=False,
     )
+
+
+def describe_run(script: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What was run, where, on which versions and when."""
+    return {
+        "command": ["python", f"benchmarks/{script}.py", *sys.argv[1:]],
+        "machine": describe_machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "settings": {k: v for k, v in vars(options).items() if k not in ("json", "keep")},
+    }
 
 
 def describe_machine() -> dict[str, Any]:

@@ -17,7 +17,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,13 @@ from cpu_finetune import (
     BASELINE,
     GIB,
     check_counts,
-    commit,
-    describe_machine,
+    describe_run,
+    parse_with_shared_options,
     rates_of,
     run_child,
     run_script,
     run_verb,
     say,
-    versions,
 )
 from rich.console import Console
 from rich.table import Table
@@ -58,19 +56,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--blocks", type=int, default=2, help="clm: blocks of a step")
     add("--rows", type=int, default=64, help="mlm: documents of a step")
     add("--rounds", type=int, default=3, help="rounds; each takes the next seed")
-    add("--steps", type=int, default=12, help="optimizer steps of a run")
-    add("--skip", type=int, default=3, help="first steps left out of the timing")
-    add("--lr", type=float, default=1e-3)
-    add("--betas", nargs=2, type=float, default=[0.9, 0.999])
-    add("--weight-decay", type=float, default=0.0, help="as in Trainer by default")
-    add("--warmup", type=int, default=4, help="steps")
-    add("--clip-norm", type=float, default=1.0)
-    add("--threads", type=int, help="threads of every peer (default: torch's choice)")
-    add("--json", type=Path, metavar="FILE", help="write every figure there")
-    options = parser.parse_args(argv)
-    if options.skip >= options.steps:
-        parser.error(f"--skip {options.skip} leaves nothing of --steps {options.steps}")
-    return options
+    return parse_with_shared_options(parser, argv, skip=3, lr=1e-3, warmup=4)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,12 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         finally:
             shutil.rmtree(folder)
     result = {
-        "command": ["python", "benchmarks/cpu_pretrain.py", *sys.argv[1:]],
-        "machine": describe_machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "settings": {key: value for key, value in vars(options).items() if key != "json"},
+        **describe_run("cpu_pretrain", options),
         "objectives": objectives,
     }
     if options.json:

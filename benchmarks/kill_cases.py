@@ -18,7 +18,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fulltune.config import build_config
 from fulltune.data.tokenizers import TokenizerConfig
-from fulltune.recipes import corpus, finetune, finish, pretrain, resume, tokenizer, trainer
+from fulltune.models.chat_template import CHAT_TEMPLATES
+from fulltune.recipes import (
+    corpus,
+    finetune,
+    finish,
+    measuring,
+    pretrain,
+    resume,
+    tokenizer,
+    trainer,
+)
 from fulltune.train import checkpoint as checkpoints
 
 Moments = dict[str, tuple[Any, str]]
@@ -28,7 +38,7 @@ OF_EVERY_RUN: Moments = {
     "restoring": (resume, "last_checkpoint"),
     "opening the log": (trainer, "Tracker"),
     "step": (trainer, "train_step"),
-    "evaluating": (trainer, "evaluate_model"),
+    "evaluating": (measuring, "evaluate_model"),
     "saving": (resume, "save_checkpoint"),
     "hashing a save": (checkpoints, "_flushed_sha256"),
     "pruning": (resume, "prune_checkpoints"),
@@ -42,7 +52,7 @@ OF_EVERY_RUN: Moments = {
 OF_FINE_TUNING: Moments = {
     "reading data": (finetune, "prepare"),
     **OF_EVERY_RUN,
-    "sampling": (trainer, "sample_answers"),
+    "sampling": (measuring, "sample_answers"),
 }
 OF_PRE_TRAINING: Moments = {
     "making the model": (pretrain, "make_model"),
@@ -227,11 +237,7 @@ def make_model(folder: Path) -> Path:
         eos_token="<|im_end|>",
         pad_token="<|pad|>",
         extra_special_tokens=["<|im_start|>"],
-        chat_template=(
-            "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-            "{{ message['content'] }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-        ),
+        chat_template=CHAT_TEMPLATES["chatml"],
         model_max_length=256,
     )
     torch.manual_seed(0)

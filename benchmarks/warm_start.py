@@ -28,7 +28,7 @@ from rich.table import Table
 from fulltune.config import build_config
 from fulltune.data.documents import read_documents
 from fulltune.data.tokenizers import TokenizerConfig
-from fulltune.models.loading import resolve_model
+from fulltune.models.sources import resolve_model
 from fulltune.models.warm_start import converted_xlnet
 from fulltune.recipes import pretrain, tokenizer
 from fulltune.runtime import describe_machine, git_commit, versions

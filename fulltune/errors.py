@@ -41,6 +41,11 @@ def near_paths(path: Path, pattern: str = "*", count: int = 1) -> list[Path]:
     ]
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first; the rest is often pages of it."""
+    return str(error).strip().split("\n")[0]
+
+
 class FulltuneError(Exception):
     """Base of all errors that are not bugs.
 

@@ -42,6 +42,7 @@ from fulltune.data.packing import group_by_length, pack
 from fulltune.data.tasks import ClassificationExample, Message, TaskKind
 from fulltune.errors import DataError, ModelError
 from fulltune.models.attention import IMPLEMENTATION
+from fulltune.models.evaluation_mode import evaluation_mode
 from fulltune.models.families import family_of
 from fulltune.models.loading import (
     context_length,
@@ -49,8 +50,8 @@ from fulltune.models.loading import (
     load_model_config,
     load_tokenizer,
     read_info,
-    resolve_model,
 )
+from fulltune.models.sources import resolve_model
 from fulltune.objectives.base import Objective, TooLong, to_device
 from fulltune.objectives.causal_lm import CausalLM, require_plain_head
 from fulltune.objectives.classification import Classification
@@ -553,10 +554,8 @@ def answering(model: PreTrainedModel) -> Generator[None]:
 
     Training that is interrupted by answers goes on exactly as if nothing had happened.
     """
-    modes = [(module, module.training) for module in model.modules()]
     own_config = getattr(model, "generation_config", None)
-    with preserved_random_state(), torch.no_grad():
-        model.eval()
+    with preserved_random_state(), torch.no_grad(), evaluation_mode(model):
         if own_config is not None:
             # `generate` fills what we leave open from here, and warns about combinations.
             model.generation_config = GenerationConfig()
@@ -565,8 +564,6 @@ def answering(model: PreTrainedModel) -> Generator[None]:
         finally:
             if own_config is not None:
                 model.generation_config = own_config
-            for module, training in modes:
-                module.training = training
 
 
 def cut_into_batches(

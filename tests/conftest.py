@@ -59,6 +59,26 @@ LINES = (
 )
 
 
+def encoded_example(input_ids: Sequence[int], number: int = 0, **others: object) -> EncodedExample:
+    """An example whose tokens are all targets, unless ``others`` says otherwise.
+
+    ``number`` stands for its content in both hashes.
+    """
+    example: dict[str, object] = {
+        "input_ids": list(input_ids),
+        "targets": [1] * len(input_ids),
+        "token_type_ids": [],
+        "label": "",
+        "num_removed": 0,
+        "num_removed_targets": 0,
+        "input_hash": number,
+        "example_hash": number,
+        "num_bytes": 0,
+        "where": f"a.txt:{number + 1}",
+    }
+    return cast(EncodedExample, {**example, **others})
+
+
 class DocumentsInMemory:
     """Encoded documents in a list, as an encoded data set offers them; counts what is read."""
 

@@ -8,13 +8,11 @@ changes nothing. What compares documents with each other is in `corpus_shards.py
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,9 +38,9 @@ from fulltune.data.deduplication import (
 from fulltune.data.files import TextReading
 from fulltune.data.ngrams import EvaluationNgrams, fold, hash_tokens, tokens_of
 from fulltune.data.plain_text import LIMIT_HINT
-from fulltune.data.processes import interrupted_afterwards, process_context, tie_to_parent
+from fulltune.data.processes import work_in_order
 from fulltune.data.records import Record, read_records
-from fulltune.errors import DataError, FulltuneError
+from fulltune.errors import DataError
 
 CHUNK_CHARACTERS = 2**21
 CHUNK_DOCUMENTS = 4096
@@ -298,65 +296,25 @@ def write_chunks(
         total.merge(tally)
         progress(sum(amount.documents for amount in total.read.values()))
 
-    items = _chunks_then_error(read_chunks(config))
-    first = list(itertools.islice(items, 2))
-    items = itertools.chain(first, items)
-    if len(first) < 2 or num_workers <= 1:
-        work = ChunkWork(config, folder)
-        for item in items:
-            if isinstance(item, FulltuneError):
-                raise item
-            finished(_finished_chunk(folder, item) or work.write(item))
-        return num_chunks, total
-
-    failure: FulltuneError | None = None
-    waiting: deque[Tally | Future[Tally]] = deque()
-
-    def finish_first() -> None:
-        entry = waiting.popleft()
-        finished(entry.result() if isinstance(entry, Future) else entry)
-
-    with ProcessPoolExecutor(
-        num_workers,
-        mp_context=process_context(__name__),
-        initializer=_start_worker,
-        initargs=(config, folder),
-    ) as pool:
-        try:
-            for item in items:
-                if isinstance(item, FulltuneError):
-                    failure = item
-                    break
-                tally = _finished_chunk(folder, item)
-                if tally is not None:
-                    waiting.append(tally)
-                else:
-                    with interrupted_afterwards():
-                        waiting.append(pool.submit(_write_chunk, item))
-                if len(waiting) == 2 * num_workers:
-                    finish_first()
-            while waiting:
-                finish_first()
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a process that prepares the corpus was killed, probably because memory ran out",
-                hint="go on with `--resume num_workers=1`; finished work is kept",
-            ) from error
-        finally:
-            for entry in waiting:
-                if isinstance(entry, Future):
-                    entry.cancel()
-    if failure is not None:
-        raise failure
+    try:
+        work_in_order(
+            read_chunks(config),
+            partial(_start_work, config, folder),
+            finished,
+            num_workers=num_workers,
+            modules=[__name__],
+            known=partial(_finished_chunk, folder),
+        )
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that prepares the corpus was killed, probably because memory ran out",
+            hint="go on with `--resume num_workers=1`; finished work is kept",
+        ) from error
     return num_chunks, total
 
 
-def _chunks_then_error(chunks: Iterator[Chunk]) -> Iterator[Chunk | FulltuneError]:
-    """Reading runs ahead of the work, and an earlier document that fails there is named first."""
-    try:
-        yield from chunks
-    except FulltuneError as error:
-        yield error
+def _start_work(config: CorpusConfig, folder: Path) -> Callable[[Chunk], Tally]:
+    return ChunkWork(config, folder).write
 
 
 def _finished_chunk(folder: Path, chunk: Chunk) -> Tally | None:
@@ -367,18 +325,3 @@ def _finished_chunk(folder: Path, chunk: Chunk) -> Tally | None:
         return None
     except (pa.ArrowException, OSError):  # damaged since; it is made again
         return None
-
-
-_work: ChunkWork | None = None
-"""What this worker process does; set once by `_start_worker`."""
-
-
-def _start_worker(config: CorpusConfig, folder: Path) -> None:
-    global _work
-    tie_to_parent()
-    _work = ChunkWork(config, folder)
-
-
-def _write_chunk(chunk: Chunk) -> Tally:
-    assert _work is not None
-    return _work.write(chunk)

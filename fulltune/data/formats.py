@@ -1,28 +1,32 @@
-"""Rows in the formats of the field -> examples: OpenAI, ShareGPT, Alpaca, prompt and completion.
+"""Rows in the formats of the field -> examples: which format a source has, and what a row of it is.
 
-Every text is taken as it stands. What cannot be trained on as it is meant (tool calls, images,
-weights) is refused by name, never dropped.
+How conversations are read stands in `chat_formats.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from fulltune.data.chat_formats import (
+    alpaca_messages,
+    openai_messages,
+    prompt_completion_messages,
+    sharegpt_messages,
+)
 from fulltune.data.records import Record
+from fulltune.data.rows import Row, listed, missing_column
 from fulltune.data.tasks import (
     ChatExample,
     ClassificationExample,
     Example,
     Message,
-    Role,
     TaskConfig,
     TaskKind,
     TextExample,
 )
-from fulltune.errors import ConfigError, DataError, near_names
+from fulltune.errors import ConfigError, DataError
 
 ROWS_LOOKED_AT = 100
 """First rows of a source that say how all of it is laid out."""
@@ -47,39 +51,7 @@ class _Layout:
     """The field among `fields` that prediction does without."""
     optional_fields: tuple[str, ...]
     description: str
-    messages: Callable[[_Row], list[Message]] | None = None
-
-
-_OPENAI_ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-}
-_SHAREGPT_ROLES: dict[str, Role] = {
-    **_OPENAI_ROLES,
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-}
-
-# Parts of a turn that say something which a plain text does not; training without them would teach
-# something else than the data means.
-_REFUSED_PARTS = {
-    "tool_calls": "tool calls",
-    "function_call": "function calls",
-    "reasoning_content": "a separate reasoning text",
-    "reasoning": "a separate reasoning text",
-    "thinking": "a separate reasoning text",
-    "audio": "audio",
-    "images": "images",
-    "refusal": "a refusal apart from the content",
-}
+    messages: Callable[[Row], list[Message]] | None = None
 
 
 def recognise_format(
@@ -108,10 +80,10 @@ def recognise_format(
     if len(fitting) == 1:
         name, columns = fitting.popitem()
         return RecordFormat(name, columns, _describe(possible[name], columns))
-    seen = f"{_place(records[0].where)} has the columns {_listed(records[0].fields)}"
+    seen = f"{_place(records[0].where)} has the columns {listed(records[0].fields)}"
     if fitting:
         raise DataError(
-            f"{seen}, which can be read in several ways: {_listed(fitting)}",
+            f"{seen}, which can be read in several ways: {listed(fitting)}",
             hint=f"choose one, for example `task.format={next(iter(fitting))}`",
         )
     raise _unrecognised(records, possible, config, needs_label=needs_label)
@@ -139,7 +111,7 @@ def make_example(
         column = columns.get(answer, answer)
         if record.fields.get(column) in (None, ""):
             columns.pop(answer, None)
-    row = _Row(record, columns)
+    row = Row(record, columns)
     if kind == "text":
         return TextExample(row.text("text"), record.where)
     if kind == "classification":
@@ -169,7 +141,7 @@ def _possible_layouts(config: TaskConfig) -> dict[str, _Layout]:
         if config.format not in possible:
             raise ConfigError(
                 f"`task.format` is `{config.format}`, not a format of kind `{config.kind}`",
-                hint=f"choose from {_listed(possible)}, or `auto`",
+                hint=f"choose from {listed(possible)}, or `auto`",
             )
         possible = {config.format: possible[config.format]}
     named = {
@@ -184,9 +156,9 @@ def _possible_layouts(config: TaskConfig) -> dict[str, _Layout]:
             for field in (*layout.fields, *layout.optional_fields)
         }
         raise ConfigError(
-            f"`task.columns` gives columns for {_listed(config.columns)}, "
+            f"`task.columns` gives columns for {listed(config.columns)}, "
             f"which no format of kind `{config.kind}` has together",
-            hint=f"its fields are {_listed(known)}",
+            hint=f"its fields are {listed(known)}",
         )
     return named
 
@@ -233,7 +205,7 @@ def _columns(
         asked = field in config.columns and field != layout.answer
         there = any(column in record.fields for record in records)
         if asked and not there and needs_label:
-            raise _missing_column(records[0], column, fields=(field,))
+            raise missing_column(records[0], column, fields=(field,))
         if asked or (there and field not in columns):
             columns[field] = column
     return columns
@@ -262,7 +234,7 @@ def _unrecognised(
                 if config.columns.get(field, field) not in record.fields
             ]
             if missing and (len(possible) == 1 or config.columns):
-                return _missing_column(record, missing[0], fields=layout.fields)
+                return missing_column(record, missing[0], fields=layout.fields)
     if "messages" in possible:
         unlike = _without_turns(records, config.columns)
         if unlike is not None:
@@ -273,9 +245,9 @@ def _unrecognised(
     ]
     first = set(records[0].fields)
     other = next((record for record in records if set(record.fields) != first), None)
-    also = f", and {other.where} has {_listed(other.fields)}" if other else ""
+    also = f", and {other.where} has {listed(other.fields)}" if other else ""
     return DataError(
-        f"{_place(records[0].where)} has the columns {_listed(records[0].fields)}{also}; "
+        f"{_place(records[0].where)} has the columns {listed(records[0].fields)}{also}; "
         f"that is no known format of kind `{config.kind}`",
         hint=f"it needs {', or '.join(dict.fromkeys(forms))}; map the names of yours with "
         f"`{_example_of_columns(records[0], possible, needs_label=needs_label)}`",
@@ -310,80 +282,14 @@ def _without_turns(records: Sequence[Record], columns: Mapping[str, str]) -> Dat
     return None
 
 
-def _missing_column(record: Record, column: str, *, fields: Sequence[str] = ()) -> DataError:
-    near = near_names(column, record.fields)
-    hint = f"did you mean `{near[0]}`? " if near else ""
-    if column in fields:
-        found = near[0] if near else "COLUMN"
-        hint += f"map another name with `task.columns={{{column}: {found}}}`"
-    elif len(fields) == 1 and not near:
-        hint += f"correct `task.columns={{{fields[0]}: COLUMN}}`"
-    return DataError(
-        f"{record.where}: no column `{column}`; there are {_listed(record.fields)}",
-        hint=hint.strip() or "correct `task.columns`, or drop the row",
-    )
-
-
 def _place(where: str) -> str:
     return where.rpartition(":")[0] or where
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "none"
 
 
 # Rows
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A record seen through the columns of its format."""
-
-    record: Record
-    columns: Mapping[str, str]
-
-    def error(self, message: str, *, hint: str | None = None) -> DataError:
-        return DataError(f"{self.record.where}: {message}", hint=hint)
-
-    def value(self, field: str) -> Any:
-        column = self.columns.get(field, field)
-        if column not in self.record.fields:
-            raise _missing_column(self.record, column, fields=(field,))
-        return self.record.fields[column]
-
-    def optional(self, field: str) -> Any:
-        return self.record.fields.get(self.columns.get(field, field))
-
-    def text(self, field: str) -> str:
-        return self.checked_text(self.value(field), f"field `{self.columns.get(field, field)}`")
-
-    def checked_text(self, value: Any, name: str, *, may_be_empty: bool = False) -> str:
-        if value is None:
-            raise self.error(f"{name} is null", hint="fill it in, or drop the row")
-        if not isinstance(value, str):
-            raise self.error(f"{name} must be a text, not {_type_name(value)}")
-        if not may_be_empty and not value.strip():
-            raise self.error(f"{name} is empty", hint="fill it in, or drop the row")
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise self.error(
-                    f"{name} holds half a character (a lone surrogate), the {error.start + 1}th",
-                    hint="it was cut in the middle of an escaped character; write the row again",
-                ) from None
-        return value
-
-
-def _type_name(value: Any) -> str:
-    names = {
-        dict: "an object", list: "a list", bool: "true or false", int: "a number",
-        float: "a number", str: "a text", type(None): "null",
-    }  # fmt: skip
-    return names.get(type(value), type(value).__name__)
-
-
-def _label(row: _Row, *, needs_label: bool) -> str | None:
+def _label(row: Row, *, needs_label: bool) -> str | None:
     column = row.columns.get("label", "label")
     value = row.value("label") if needs_label else row.optional("label")
     if isinstance(value, float) and value.is_integer():
@@ -409,144 +315,6 @@ def _label(row: _Row, *, needs_label: bool) -> str | None:
     return row.checked_text(value, f"field `{column}`")
 
 
-# Chat formats
-
-
-def _openai_messages(row: _Row) -> list[Message]:
-    column = row.columns.get("messages", "messages")
-    turns = _turns(row, row.value("messages"), column)
-    return [*_system(row, row.optional("system")), *turns]
-
-
-def _sharegpt_messages(row: _Row) -> list[Message]:
-    column = row.columns.get("conversations", "conversations")
-    system = row.optional("system")
-    turns = _turns(row, row.value("conversations"), column, sharegpt=True)
-    return [*_system(row, system), *turns]
-
-
-def _alpaca_messages(row: _Row) -> list[Message]:
-    messages = _system(row, row.optional("system"))
-    history = row.optional("history")
-    if history is not None and not isinstance(history, list):
-        raise row.error(
-            f"field `history` must be a list of pairs, not {_type_name(history)}",
-            hint="write `[[question, answer], ...]`",
-        )
-    for number, pair in enumerate(history or [], start=1):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise row.error(
-                f"entry {number} of `history` must be a pair of question and answer",
-                hint="write `[[question, answer], ...]`",
-            )
-        question, answer = (row.checked_text(text, f"entry {number} of `history`") for text in pair)
-        messages += [Message("user", question), Message("assistant", answer)]
-    prompt = row.text("instruction")
-    extra = row.optional("input")
-    if extra not in (None, ""):
-        prompt += "\n\n" + row.checked_text(extra, "field `input`")
-    messages.append(Message("user", prompt))
-    if "output" in row.columns:
-        messages.append(Message("assistant", row.text("output")))
-    return messages
-
-
-def _prompt_completion_messages(row: _Row) -> list[Message]:
-    messages = _system(row, row.optional("system"))
-    messages += _text_or_turns(row, "prompt", "user")
-    if "completion" in row.columns:
-        messages += _text_or_turns(row, "completion", "assistant")
-    return messages
-
-
-def _text_or_turns(row: _Row, field: str, role: Role) -> list[Message]:
-    value = row.value(field)
-    if isinstance(value, list):
-        return _turns(row, value, row.columns.get(field, field))
-    return [Message(role, row.text(field))]
-
-
-def _system(row: _Row, text: Any) -> list[Message]:
-    return (
-        [] if text in (None, "") else [Message("system", row.checked_text(text, "field `system`"))]
-    )
-
-
-def _turns(row: _Row, turns: Any, column: str, *, sharegpt: bool = False) -> list[Message]:
-    if not isinstance(turns, list):
-        raise row.error(
-            f"field `{column}` must be a list of turns, not {_type_name(turns)}",
-            hint='write `[{"role": "user", "content": ...}, ...]`',
-        )
-    if not turns:
-        raise row.error(f"field `{column}` holds no turns", hint="drop the row")
-    if row.record.fields.get("tools"):
-        raise row.error(
-            "field `tools` defines tools, which cannot be trained on",
-            hint="drop the column to train without them",
-        )
-    return [
-        _turn(row, turn, f"turn {number} of `{column}`", sharegpt=sharegpt)
-        for number, turn in enumerate(turns, start=1)
-    ]
-
-
-def _turn(row: _Row, turn: Any, name: str, *, sharegpt: bool) -> Message:
-    role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
-    roles = _SHAREGPT_ROLES if sharegpt else _OPENAI_ROLES
-    if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-        found = _listed(turn) if isinstance(turn, dict) else _type_name(turn)
-        if isinstance(turn, dict) and turn.get("tool_calls"):
-            raise _refused(row, name, "tool_calls")
-        raise row.error(
-            f"{name} must have `{role_key}` and `{text_key}`; it has {found}",
-            hint="correct the turn, or drop the row",
-        )
-    for key in _REFUSED_PARTS:
-        if turn.get(key):
-            raise _refused(row, name, key)
-    if turn.get("weight") not in (None, 1):
-        raise row.error(
-            f"{name} has `weight` {turn['weight']}; every assistant turn is trained alike",
-            hint="drop the row, or the key `weight` to train the turn",
-        )
-    if turn[role_key] == "function_call":
-        raise _refused(row, name, "function_call")
-    role = roles.get(turn[role_key]) if isinstance(turn[role_key], str) else None
-    if role is None:
-        raise row.error(
-            f"{name} has the unknown role `{turn[role_key]}`", hint=f"possible are {_listed(roles)}"
-        )
-    # A tool may answer nothing, and an empty system turn says "no system prompt" to most templates.
-    may_be_empty = role in ("system", "tool")
-    text = row.checked_text(
-        _joined_parts(row, turn[text_key], name), f"{name} (`{role}`)", may_be_empty=may_be_empty
-    )
-    return Message(role, text)
-
-
-def _refused(row: _Row, name: str, key: str) -> DataError:
-    return row.error(
-        f"{name} holds `{key}`: {_REFUSED_PARTS[key]} cannot be trained on",
-        hint="write it into the text of the turn, or drop the row",
-    )
-
-
-def _joined_parts(row: _Row, content: Any, name: str) -> Any:
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else _type_name(part)
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise row.error(
-                f"{name} holds a part of type `{kind}`; only texts can be trained on",
-                hint="drop the row",
-            )
-        texts.append(part["text"])
-    return "".join(texts)
-
-
 _LAYOUTS: dict[str, _Layout] = {
     "messages": _Layout(
         kind="chat",
@@ -554,7 +322,7 @@ _LAYOUTS: dict[str, _Layout] = {
         answer=None,
         optional_fields=("system",),
         description="OpenAI messages: {messages} is a list of turns with `role` and `content`",
-        messages=_openai_messages,
+        messages=openai_messages,
     ),
     "sharegpt": _Layout(
         kind="chat",
@@ -562,7 +330,7 @@ _LAYOUTS: dict[str, _Layout] = {
         answer=None,
         optional_fields=("system",),
         description="ShareGPT: {conversations} is a list of turns with `from` and `value`",
-        messages=_sharegpt_messages,
+        messages=sharegpt_messages,
     ),
     "alpaca": _Layout(
         kind="chat",
@@ -571,7 +339,7 @@ _LAYOUTS: dict[str, _Layout] = {
         optional_fields=("input", "history", "system"),
         description="Alpaca: the prompt is {instruction} and, where `input` is not empty, "
         "a blank line and `input`; the answer is {output}",
-        messages=_alpaca_messages,
+        messages=alpaca_messages,
     ),
     "prompt_completion": _Layout(
         kind="chat",
@@ -580,7 +348,7 @@ _LAYOUTS: dict[str, _Layout] = {
         optional_fields=("system",),
         description="prompt and completion: {prompt} is the user's turn, or a list of turns; "
         "{completion} is the assistant's",
-        messages=_prompt_completion_messages,
+        messages=prompt_completion_messages,
     ),
     "text": _Layout(
         kind="text",

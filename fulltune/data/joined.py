@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fulltune.data.encoding import EncodedDataset, EncodedExample, content_hash
+from fulltune.data.encoded_dataset import EncodedDataset
+from fulltune.data.encoding import EncodedExample, content_hash
 
 
 class JoinedDataset:

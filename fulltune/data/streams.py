@@ -21,13 +21,15 @@ from fulltune.errors import DataError
 class TokenStream:
     """Windows of ``window_tokens`` tokens, cut from documents joined in a shuffled order.
 
+    The last window is shorter where the documents end in it, and left out where only one token is
+    in it.
+
     Args:
         documents: what is joined.
         indices: the documents of the split; the result depends on their set, not on their order.
         seed: of the order of the documents.
         window_tokens: tokens of a window, at least 2.
         end_id: the token that follows each document.
-        keep_last: whether the last window is kept where it is shorter but has at least 2 tokens.
         boundaries: whether windows have those of their documents, which must be encoded with them;
             nothing begins with an end token.
 
@@ -47,7 +49,6 @@ class TokenStream:
         *,
         window_tokens: int,
         end_id: int,
-        keep_last: bool = True,
         boundaries: bool = False,
     ) -> None:
         if window_tokens < 2:
@@ -58,7 +59,8 @@ class TokenStream:
         self._boundaries = boundaries
         order = np.sort(np.asarray(indices, dtype=np.int64))
         fingerprint = hashlib.blake2b(digest_size=16)
-        for part in (documents.fingerprint, seed, window_tokens, end_id, keep_last):
+        # The last part was a setting once; checkpoints made then are still to be resumed.
+        for part in (documents.fingerprint, seed, window_tokens, end_id, True):
             fingerprint.update(f"{part}\0".encode())
         fingerprint.update(order.tobytes())
         self.fingerprint = fingerprint.hexdigest()
@@ -69,7 +71,7 @@ class TokenStream:
         np.cumsum(documents.lengths[order].astype(np.int64) + 1, out=self._starts[1:])
         num_windows, rest = divmod(int(self._starts[-1]), window_tokens)
         self.lengths: Int32Array = np.full(num_windows, window_tokens, dtype=np.int32)
-        if keep_last and rest >= 2:
+        if rest >= 2:
             self.lengths = np.append(self.lengths, np.int32(rest))
         if not len(self.lengths):
             raise DataError(

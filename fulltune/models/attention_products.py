@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fulltune.models.document_groups import Group, seen_pattern
+from fulltune.models.document_groups import Group, reduced_dtype, seen_pattern
 from fulltune.models.dropout import KeepMasks, mask_
 
 # Weights computed together: few enough to stay in a processor's cache, and so many that the calls
@@ -31,9 +31,10 @@ _MULTIPLE_IN_BFLOAT16 = 64
 _FASTER_UP_TO = 512
 
 
-def is_faster(group: Group) -> bool:
-    """Whether plain products take less time than the fused kernels, where nothing is dropped."""
-    return group.length % _MULTIPLE_IN_BFLOAT16 == 0 and group.length <= _FASTER_UP_TO
+def are_chosen(group: Group, dropout: float) -> bool:
+    """Whether a group goes by plain products: the fused kernels cannot drop, or take more time."""
+    is_faster = group.length % _MULTIPLE_IN_BFLOAT16 == 0 and group.length <= _FASTER_UP_TO
+    return dropout > 0.0 or is_faster
 
 
 def mix(
@@ -101,8 +102,8 @@ def mix_backward(
 
 
 def _dtypes(group: Group, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """That of the scores, which are never rounded to bfloat16, and that of the other products."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    """That of the scores, and that of the other products."""
+    wide = reduced_dtype(dtype)
     return wide, wide if group.length % _MULTIPLE_IN_BFLOAT16 else dtype
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fulltune.models import attention_products
-from fulltune.models.document_groups import Group, expand_heads
+from fulltune.models.document_groups import Group, expand_heads, reduced_dtype
 from fulltune.models.dropout import KeepMasks, draw_seed
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -27,8 +27,8 @@ _FLOAT32_BACKWARD_UP_TO = 400
 class DocumentAttention(torch.autograd.Function):
     """Attention of each document of a row with itself, written into one row.
 
-    Saves the unexpanded inputs, the output (which the next projection saves too) and one number per
-    token and head.
+    Saves the unexpanded inputs, the output (which the next projection saves too) and, for documents
+    that go through the fused kernels, one number per token and head.
     """
 
     @staticmethod
@@ -46,12 +46,12 @@ class DocumentAttention(torch.autograd.Function):
         num_heads, num_tokens, size = query.shape[1:]
         inputs = (query[0], expand_heads(key, num_heads)[0], expand_heads(value, num_heads)[0])
         out_THD = query.new_empty(num_tokens, num_heads, size)
-        log_sums_TH = query.new_empty(num_tokens, num_heads, dtype=reduced_dtype(query.dtype))
+        log_sums: list[Tensor] = []
         seed = draw_seed() if dropout else 0
         masks = KeepMasks(dropout, seed)
         for group in groups:
             taken = [group.take(states) for states in inputs]
-            if dropout or attention_products.is_faster(group):
+            if attention_products.are_chosen(group, dropout):
                 out_BHLD = attention_products.mix(
                     group, *taken, causal=causal, scale=scale, masks=masks
                 )
@@ -60,10 +60,10 @@ class DocumentAttention(torch.autograd.Function):
                 out_BHLD, log_sums_BHL = _forward_kernel(
                     *taken, 0.0, causal and group.bias is None, attn_mask=bias, scale=scale
                 )
-                group.put(log_sums_TH, log_sums_BHL.transpose(1, 2))
+                log_sums.append(log_sums_BHL)
             group.put(out_THD, out_BHLD.transpose(1, 2))
         out = out_THD[None]
-        ctx.save_for_backward(query, key, value, out, log_sums_TH)
+        ctx.save_for_backward(query, key, value, out, *log_sums)
         ctx.settings = groups, causal, scale, dropout, seed
         return out
 
@@ -71,7 +71,7 @@ class DocumentAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of query, key and value."""
-        query, key, value, out, log_sums_TH = ctx.saved_tensors
+        query, key, value, out, *log_sums = ctx.saved_tensors
         groups, causal, scale, dropout, seed = ctx.settings
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
         inputs = (
@@ -86,12 +86,13 @@ class DocumentAttention(torch.autograd.Function):
         grad_key_TKD = query.new_empty(num_tokens, num_kv_heads, size)
         grad_value_TKD = query.new_empty(num_tokens, num_kv_heads, size)
         masks = KeepMasks(dropout, seed)
+        next_log_sums = iter(log_sums)
         for group in groups:
             taken = [group.take(states) for states in inputs]
             if group.fill is not None:
                 # Fill has no gradient; what was gathered there belongs to the last token.
                 taken[0] = taken[0].masked_fill(group.fill[:, None, :, None], 0.0)
-            if dropout or attention_products.is_faster(group):
+            if attention_products.are_chosen(group, dropout):
                 grads = attention_products.mix_backward(
                     group, *taken, causal=causal, scale=scale, masks=masks
                 )
@@ -100,7 +101,7 @@ class DocumentAttention(torch.autograd.Function):
                 dtype = reduced_dtype(query.dtype) if short else query.dtype
                 grads = _backward_kernel(
                     *(states.to(dtype) for states in taken),
-                    group.take(log_sums_TH.T[..., None])[..., 0],
+                    next(next_log_sums),
                     0.0,
                     causal and group.bias is None,
                     attn_mask=None if group.bias is None else group.bias.to(dtype),
@@ -118,8 +119,3 @@ class DocumentAttention(torch.autograd.Function):
             grad_value_TKD[None].transpose(1, 2),
             *(None,) * 4,
         )
-
-
-def reduced_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the kernels reduce."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

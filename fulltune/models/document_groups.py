@@ -32,6 +32,11 @@ def expand_heads(states_BKTD: Tensor, num_heads: int) -> Tensor:
     return states_BKTD.repeat_interleave(num_groups, dim=1)
 
 
+def reduced_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which scores are formed and summed; never bfloat16."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """Documents that share one kernel call.

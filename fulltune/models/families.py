@@ -296,6 +296,11 @@ def layer_of(parameter_name: str, model: PreTrainedModel) -> Part:
     return "embeddings" if inside and _EMBEDDINGS.search(parameter_name) else "head"
 
 
+def layers_of(model: PreTrainedModel) -> dict[str, Part]:
+    """The layer of every parameter by name; see `layer_of`."""
+    return {name: layer_of(name, model) for name, _ in model.named_parameters()}
+
+
 def classification_states(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """The last hidden states that the classification head of a model reads one of.
 

@@ -1,25 +1,19 @@
-"""Sources to model folders, folders to models, and back.
+"""Folders to models, configs and tokenizers, and back.
 
-A source is a folder, a run folder, a `.gguf` file, `asset:NAME`, or a name on the model hub.
-`resolve_model` makes a checked folder in plain Hugging Face layout of any of them; everything else
-here takes such a folder.
+The folders are those that `sources.resolve_model` has checked: in plain Hugging Face layout.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -37,16 +31,10 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from fulltune import assets
-from fulltune.assets.building import built_whole
-from fulltune.assets.dequantize import dequantize_gguf
 from fulltune.assets.quiet import quiet_transformers
-from fulltune.errors import AssetError, ConfigError, ModelError, near_paths
+from fulltune.errors import ModelError, first_line
 from fulltune.models import attention as _registered  # noqa: F401  (registers "fulltune")
 from fulltune.models.families import Family, family_of, layer_of
-from fulltune.runtime import cache_dir
-
-logger = logging.getLogger("fulltune")
 
 Head = Literal[
     "causal_lm",
@@ -56,6 +44,7 @@ Head = Literal[
     "permutation_lm",
     "sequence_to_sequence",
 ]
+"""What a model is loaded to predict."""
 
 AUTO_CLASSES: dict[Head, Any] = {
     "causal_lm": AutoModelForCausalLM,
@@ -65,62 +54,13 @@ AUTO_CLASSES: dict[Head, Any] = {
     "permutation_lm": XLNetLMHeadModel,
     "sequence_to_sequence": AutoModelForSeq2SeqLM,
 }
-POSSIBLE_SOURCES = (
-    "give a run folder, a model folder, a .gguf file, a Hub name OWNER/NAME, or asset:NAME "
-    "(`fulltune models` lists them)"
-)
 INFO_FILE = "fulltune.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("vocab.json", "vocab.txt"),
 )
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 UNLIMITED_CONTEXT = 1 << 20
 """Context of models without a longest length, such as XLNet; memory is their limit."""
-
-CHAT_TEMPLATES = {
-    "chatml": (
-        "{% for message in messages %}"
-        "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-}
-
-
-def resolve_model(source: str) -> Path:
-    """Give the local folder of a model, fetching or converting it the first time.
-
-    Raises:
-        AssetError: an asset or hub model cannot be had.
-        ModelError: the folder or file is incomplete or corrupt.
-    """
-    if not source.strip():
-        raise ModelError("`model` is empty", hint=POSSIBLE_SOURCES)
-    if source.startswith(assets.PREFIX):
-        asset = assets.find_asset(source)
-        if asset.kind != "model":
-            names = (
-                f"`{assets.PREFIX}{other.name}`"
-                for other in assets.list_assets()
-                if other.kind == "model"
-            )
-            raise AssetError(
-                f"`{source}` is data, not a model", hint=f"models are {', '.join(names)}"
-            )
-        folder = assets.fetch(source)
-    elif source.lower().endswith(".gguf"):
-        folder = _converted_gguf(Path(source).expanduser())
-    elif (path := Path(source).expanduser()).exists():
-        folder = path / "model" if (path / "model" / "config.json").is_file() else path
-    elif re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", source):
-        folder = _from_hub(source)
-    else:
-        raise ModelError(
-            f"`{source}` does not exist", hint=_near_folders(source) or POSSIBLE_SOURCES
-        )
-    _check_folder(folder)
-    return folder
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -138,9 +78,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     except (OSError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, ModelError):
             raise
-        reason = f"{_first_line(error)} is missing" if isinstance(error, KeyError) else str(error)
+        missing = " is missing" if isinstance(error, KeyError) else ""
         raise ModelError(
-            f"`{path}` has no tokenizer that can be read: {reason.strip().splitlines()[0]}",
+            f"`{path}` has no tokenizer that can be read: {first_line(error)}{missing}",
             hint=needed,
         ) from error
     if tokenizer.pad_token is None:
@@ -154,6 +94,35 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def load_model_config(path: Path) -> PretrainedConfig:
+    """Load the config of a model folder.
+
+    Raises:
+        ModelError: it is not JSON, or of a model that this transformers does not know.
+    """
+    file = path / "config.json"
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"`{file}` cannot be read: {first_line(error)}", hint="copy or download it again"
+        ) from error
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"`{file}` is of model type `{model_type}`, which transformers "
+            f"{transformers.__version__} does not know",
+            hint="is it a model of transformers' own? a newer one may need a newer transformers",
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"`{file}` cannot be used: {first_line(error)}",
+            hint="is the installed transformers new enough for this model?",
+        ) from error
+    return config
 
 
 def load_model(
@@ -203,25 +172,14 @@ def load_model(
 
     auto = AUTO_CLASSES[head]
     chosen = attention if family.can_pack or attention == "eager" else None
-    try:
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            loaded, report = auto.from_pretrained(
-                path,
-                config=config,
-                dtype=dtype,
-                attn_implementation=chosen,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                local_files_only=True,
-                use_safetensors=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"`{path}` cannot be loaded: {_first_line(error)}",
-            hint="do config.json and the weights belong together?",
-        ) from error
-
-    model: PreTrainedModel = loaded
+    model, report = from_pretrained(
+        auto,
+        path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=chosen,
+        ignore_mismatched_sizes=True,
+    )
     fresh = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     if new_head and head == "classification":
         prefix = f"{model.base_model_prefix}."
@@ -245,26 +203,45 @@ def load_body(path: Path, *, attention: str) -> PreTrainedModel:
     config = load_model_config(path)
     _check_vocabulary(config, load_tokenizer(path), path)
     auto: Any = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
-    try:
-        with quiet_transformers(), torch.random.fork_rng(devices=[]):
-            loaded, report = auto.from_pretrained(
-                path,
-                config=config,
-                dtype=torch.float32,
-                attn_implementation=attention,
-                output_loading_info=True,
-                local_files_only=True,
-                use_safetensors=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"`{path}` cannot be loaded: {_first_line(error)}",
-            hint="do config.json and the weights belong together?",
-        ) from error
-    body: PreTrainedModel = loaded
+    body, report = from_pretrained(
+        auto, path, config=config, dtype=torch.float32, attn_implementation=attention
+    )
     # A pooler counts as a head, and folders of language models do not hold one.
     _check_missing(report["missing_keys"], body, path, new_head=True)
     return body
+
+
+def from_pretrained(
+    auto: Any, path: Path, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Make a model of a checked folder's weights; torch's random state is put back afterwards.
+
+    Args:
+        auto: a model class of transformers, or one that chooses it by the config.
+        path: folder in plain Hugging Face layout.
+        options: of transformers' `from_pretrained`.
+
+    Returns:
+        The model, and what transformers says of weights that it did not find or could not use.
+
+    Raises:
+        ModelError: config and weights do not fit each other.
+    """
+    try:
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            model, report = auto.from_pretrained(
+                path,
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
+                **options,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"`{path}` cannot be loaded: {first_line(error)}",
+            hint="do config.json and the weights belong together?",
+        ) from error
+    return model, report
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -313,162 +290,6 @@ def read_info(directory: Path) -> dict[str, Any]:
     if not isinstance(info, dict):
         raise ModelError(f"`{path}` must hold a JSON object", hint="delete or restore it")
     return info
-
-
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Give a tokenizer a chat template: a built-in name (`chatml`) or the path of a Jinja file.
-
-    Tokens are never added. Where a marker of the template is not one token, the log says so: the
-    model then learns it as the several tokens it is.
-
-    Raises:
-        ConfigError: no such template, or it cannot be rendered.
-    """
-    if template in CHAT_TEMPLATES:
-        text = CHAT_TEMPLATES[template]
-    elif (path := Path(template).expanduser()).is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"chat template `{template}` cannot be read: {error}", hint="save it as UTF-8"
-            ) from None
-    else:
-        raise ConfigError(
-            f"chat template `{template}` is neither built in nor a file",
-            hint="give the path of a Jinja file, or "
-            + " or ".join(f"`{name}`" for name in CHAT_TEMPLATES),
-        )
-    previous, tokenizer.chat_template = tokenizer.chat_template, text
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    except jinja2.TemplateError as error:
-        tokenizer.chat_template = previous
-        line = getattr(error, "lineno", None)
-        raise ConfigError(
-            f"chat template {f'{template}:{line}' if line else f'`{template}`'} "
-            f"cannot be rendered: {error}",
-            hint="correct the template; it is Jinja, given `messages` and `add_generation_prompt`",
-        ) from error
-    for marker in sorted(set(re.findall(r"<\|\w+\|>", text))):
-        num_tokens = len(tokenizer.encode(marker, add_special_tokens=False))
-        if num_tokens != 1:
-            logger.info("chat template: `%s` is %d tokens in this vocabulary", marker, num_tokens)
-
-
-def _converted_gguf(gguf_file: Path) -> Path:
-    if not gguf_file.is_file():
-        raise ModelError(f"`{gguf_file}` does not exist", hint="give the path of a .gguf file")
-    with gguf_file.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_dir() / "models" / f"{gguf_file.stem}-{digest[:12]}"
-    if folder.is_dir():
-        return folder
-    with built_whole(folder) as building:
-        dequantize_gguf(gguf_file, building)
-    return folder
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        with quiet_transformers():
-            return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
-    except (OSError, ValueError) as error:
-        offline = isinstance(error, LocalEntryNotFoundError)
-        reason = "it is offline or not reached" if offline else _first_line(error)
-        if Path(name).parent.is_dir() and "/" in name:  # a path here, if there ever was one
-            raise ModelError(
-                f"there is no folder `{name}`; a model of this name on the hub was not had either: "
-                f"{reason}",
-                hint=_near_folders(name) or POSSIBLE_SOURCES,
-            ) from error
-        raise AssetError(
-            f"`{name}` does not exist here, and the model hub did not give it: {reason}",
-            hint="check the path or name, and the network; without a hub, use a folder or "
-            "asset:NAME (`fulltune models` lists them)",
-        ) from error
-
-
-def _near_folders(source: str) -> str | None:
-    near = near_paths(Path(source).expanduser(), count=3)
-    return f"did you mean {' or '.join(f'`{path}`' for path in near)}?" if near else None
-
-
-def _check_folder(folder: Path) -> None:
-    """Fail with the name of what is missing or corrupt."""
-    if not folder.is_dir():
-        raise ModelError(f"`{folder}` is not a folder", hint="give the folder of the model")
-    if not (folder / "config.json").is_file():
-        unfinished = (folder / "checkpoints").is_dir()
-        raise ModelError(
-            f"`{folder}` has no config.json",
-            hint="it is a run that has not finished: go on with it by `--resume`"
-            if unfinished
-            else "is it a model folder?",
-        )
-    for path in _weight_files(folder):
-        if not path.is_file():
-            raise ModelError(f"`{path}` is missing", hint="copy or download it again")
-        try:
-            with safe_open(path, framework="pt"):
-                pass  # opening checks the header against the file's length
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"`{path}` is corrupt or cut short: {error}", hint="copy or download it again"
-            ) from error
-
-
-def _weight_files(folder: Path) -> Iterable[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ModelError(
-                f"`{index}` is not a weight index", hint="download it again"
-            ) from error
-        return [folder / name for name in sorted(set(weight_map.values()))]
-    if not (folder / "model.safetensors").is_file():
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
-        raise ModelError(
-            f"`{folder}` has no model.safetensors",
-            hint=f"convert {pickled[0]} to safetensors: pickled weights can run code"
-            if pickled
-            else "is the download complete?",
-        )
-    return [folder / "model.safetensors"]
-
-
-def load_model_config(path: Path) -> PretrainedConfig:
-    """Load the config of a model folder.
-
-    Raises:
-        ModelError: it is not JSON, or of a model that this transformers does not know.
-    """
-    file = path / "config.json"
-    try:
-        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"`{file}` cannot be read: {_first_line(error)}", hint="copy or download it again"
-        ) from error
-    if model_type not in CONFIG_MAPPING:
-        raise ModelError(
-            f"`{file}` is of model type `{model_type}`, which transformers "
-            f"{transformers.__version__} does not know",
-            hint="is it a model of transformers' own? a newer one may need a newer transformers",
-        )
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"`{file}` cannot be used: {_first_line(error)}",
-            hint="is the installed transformers new enough for this model?",
-        ) from error
-    return config
 
 
 def _check_vocabulary(
@@ -574,7 +395,3 @@ def _initialize(model: PreTrainedModel, names: Collection[str], seed: int) -> No
         else:  # a bias, or the weight of a norm
             start = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
         parameter.copy_(start)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

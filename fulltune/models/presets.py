@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedTokenizerBa
 
 from fulltune.assets.building import built_whole
 from fulltune.assets.quiet import quiet_transformers
-from fulltune.errors import ConfigError, ModelError
+from fulltune.errors import ConfigError, ModelError, first_line
 from fulltune.models.loading import AUTO_CLASSES, Head, load_model_config, save_model
 from fulltune.runtime import cache_dir
 
@@ -237,7 +237,7 @@ def make_model(
                 hint="correct or leave out the field",
             ) from error
         except ValueError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             if reason.startswith("Unrecognized configuration class"):
                 raise ModelError(
                     f"a `{config.model_type}` model has no head for this objective",

@@ -19,7 +19,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from fulltune.assets.quiet import quiet_transformers
 from fulltune.errors import ConfigError, ModelError
-from fulltune.models.loading import load_model_config
+from fulltune.models.loading import from_pretrained, load_model_config
 
 
 def load_as_saved(path: Path) -> PreTrainedModel:
@@ -36,26 +36,15 @@ def load_as_saved(path: Path) -> PreTrainedModel:
             f"`{path}` is of architecture `{names[0]}`, which transformers does not have",
             hint="is it a model of transformers' own?",
         )
-    try:
-        with quiet_transformers():
-            model, report = auto.from_pretrained(
-                path, dtype="auto", output_loading_info=True, local_files_only=True,
-                use_safetensors=True,
-            )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"`{path}` cannot be loaded: {reason}",
-            hint="do config.json and the weights belong together?",
-        ) from error
+    model, report = from_pretrained(auto, path, dtype="auto")
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
             f"`{path}` lacks {len(missing)} weights of {type(model).__name__}: {missing[0]}",
             hint="the folder is incomplete, or config.json belongs to another model",
         )
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    model.eval()
+    return model
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dict[int, list[int]]:

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from fulltune.assets.building import built_whole
-from fulltune.errors import ModelError
+from fulltune.errors import ModelError, first_line
 from fulltune.models.loading import load_model_config, load_tokenizer, save_model
 from fulltune.runtime import cache_dir
 
@@ -279,7 +279,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
                     weights[plain] = opened.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise ModelError(
-                f"`{file}` cannot be read: {str(error).strip().splitlines()[0]}",
+                f"`{file}` cannot be read: {first_line(error)}",
                 hint="copy or download it again",
             ) from error
     return weights

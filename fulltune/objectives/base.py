@@ -24,20 +24,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fulltune.models.loading import Head
     from fulltune.objectives.linear_cross_entropy import LossSums
 
 Batch: TypeAlias = dict[str, Any]
 """A micro-batch: each objective's own TypedDict says what is in it."""
-
-Head: TypeAlias = Literal[
-    "causal_lm",
-    "classification",
-    "masked_lm",
-    "sentence_order",
-    "permutation_lm",
-    "sequence_to_sequence",
-]
-"""The head a model is loaded with; `models/loading.py` has the classes."""
 
 TooLong: TypeAlias = Literal["error", "truncate", "drop"]
 

@@ -1,6 +1,6 @@
 """Next-token prediction (GPT): conversations and plain text.
 
-Shape suffixes: B rows, T tokens, H hidden size, N targets.
+Shape suffixes: B rows, T tokens, H hidden size, N targets, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fulltune.data.chat import encode_segments, render_conversation
 from fulltune.data.encoding import EncodedExample, content_hash
 from fulltune.data.tasks import ChatExample, Example, TextExample
 from fulltune.errors import DataError, ModelError
+from fulltune.models.evaluation_mode import evaluation_mode
 from fulltune.objectives.base import (
     Batch,
     Scores,
@@ -27,10 +27,11 @@ from fulltune.objectives.base import (
     token_scores,
     tokenizer_fingerprint,
 )
-from fulltune.objectives.linear_cross_entropy import LossSums, linear_cross_entropy
+from fulltune.objectives.linear_cross_entropy import LossSums
+from fulltune.objectives.plain_head import is_plain, logit_scale, plain_head_losses
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_INPUTS = (
     "input_ids", "attention_mask", "position_ids",
@@ -201,17 +202,13 @@ class CausalLM:
 
     def _losses(self, model: PreTrainedModel, batch: Batch) -> LossSums:
         output = model.base_model(**model_inputs(batch, MODEL_INPUTS), use_cache=False)
-        hidden_NH = output.last_hidden_state.flatten(0, 1)[batch["prediction_positions"]]
-        head = model.get_output_embeddings()
-        return linear_cross_entropy(
-            hidden_NH,
-            head.weight,
-            batch["target_ids"],
-            bias_V=getattr(head, "bias", None),
+        return plain_head_losses(
+            model,
+            batch,
+            output.last_hidden_state,
+            scale=logit_scale(model.config),
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
-            logit_scale=logit_scale(model.config),
-            softcap=logit_softcap(model.config),
         )
 
 
@@ -226,40 +223,15 @@ def require_plain_head(model: PreTrainedModel) -> None:
     """
     device = next(model.parameters()).device
     ids_BT = torch.arange(min(8, model.config.get_text_config().vocab_size), device=device)[None]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         own_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
         hidden_BTH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-    finally:
-        for module, training in modes:
-            module.training = training
-    head = model.get_output_embeddings()
-    logits_BTV = F.linear(hidden_BTH, head.weight, getattr(head, "bias", None)).float()
-    logits_BTV *= logit_scale(model.config)
-    if cap := logit_softcap(model.config):
-        logits_BTV = cap * torch.tanh(logits_BTV / cap)
-    # Rounding in bfloat16 stays below a hundredth of the largest logit. Logits that are not finite
-    # are for the first step to name.
-    if (logits_BTV - own_BTV).abs().max() > 0.05 * own_BTV.abs().max():
+    if not is_plain(model, hidden_BTH, own_BTV, scale=logit_scale(model.config)):
         raise ModelError(
             f"models of type `{model.config.model_type}` do not multiply the last hidden states by "
             "the output weights alone, as the loss does",
             hint="use a decoder such as Llama, Qwen, Gemma or GPT-2",
         )
-
-
-def logit_softcap(config: PretrainedConfig) -> float | None:
-    """The bound that Gemma puts on its logits; None without."""
-    return getattr(config.get_text_config(), "final_logit_softcapping", None)
-
-
-def logit_scale(config: PretrainedConfig) -> float:
-    """The factor on a model's logits: Cohere multiplies them, Granite divides."""
-    text = config.get_text_config()
-    return float(getattr(text, "logit_scale", None) or 1.0) / float(
-        getattr(text, "logits_scaling", None) or 1.0
-    )
 
 
 def too_long_error(where: str, length: int, max_length: int) -> DataError:

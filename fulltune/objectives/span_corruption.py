@@ -22,11 +22,12 @@ from fulltune.data.encoding import EncodedExample
 from fulltune.data.streams import TokenStream
 from fulltune.data.tasks import Example
 from fulltune.errors import DataError, ModelError
+from fulltune.models.evaluation_mode import evaluation_mode
 from fulltune.objectives.base import Batch, Scores, token_scores, tokenizer_fingerprint
-from fulltune.objectives.causal_lm import logit_scale, logit_softcap
 from fulltune.objectives.documents import encode_document
-from fulltune.objectives.linear_cross_entropy import LossSums, linear_cross_entropy
+from fulltune.objectives.linear_cross_entropy import LossSums
 from fulltune.objectives.noise import noise_generator
+from fulltune.objectives.plain_head import is_plain, logit_scale, plain_head_losses
 from fulltune.objectives.spans import UL2_DENOISERS, Denoiser, corrupt, raw_length
 
 if TYPE_CHECKING:
@@ -87,7 +88,6 @@ class SpanCorruption:
             token.
         max_length: tokens of the corrupted inputs.
         spans: which tokens are noise.
-        keep_last: whether the last, shorter window of the stream is kept.
 
     Raises:
         ModelError: the tokenizer lacks one of its special tokens, or sentinels.
@@ -96,7 +96,6 @@ class SpanCorruption:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     spans: SpanConfig = field(default_factory=SpanConfig)
-    keep_last: bool = True
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
@@ -190,12 +189,7 @@ class SpanCorruption:
         end_id = self.tokenizer.eos_token_id
         assert isinstance(end_id, int)
         return TokenStream(
-            documents,
-            indices,
-            seed,
-            window_tokens=self.window_tokens,
-            end_id=end_id,
-            keep_last=self.keep_last,
+            documents, indices, seed, window_tokens=self.window_tokens, end_id=end_id
         )
 
     def corrupt(self, example: EncodedExample) -> tuple[list[int], list[int]]:
@@ -232,17 +226,13 @@ class SpanCorruption:
         return token_scores(sums, self.num_targets(batch))
 
     def _losses(self, model: PreTrainedModel, batch: Batch) -> LossSums:
-        hidden_BTH = decoder_hidden_states(model, batch)
-        head = model.get_output_embeddings()
-        return linear_cross_entropy(
-            hidden_BTH.flatten(0, 1)[batch["prediction_positions"]],
-            head.weight,
-            batch["target_ids"],
-            bias_V=getattr(head, "bias", None),
+        return plain_head_losses(
+            model,
+            batch,
+            decoder_hidden_states(model, batch),
+            scale=decoder_logit_scale(model.config),
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
-            logit_scale=decoder_logit_scale(model.config),
-            softcap=logit_softcap(model.config),
         )
 
 
@@ -269,21 +259,26 @@ def collate_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, paddi
 
 def decoder_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The decoder's last hidden states [B, T, H], without the product with the vocabulary."""
-    decoder_input_ids = batch["decoder_input_ids"]
-    start = model.config.decoder_start_token_id
-    if start is not None and start != model.config.pad_token_id:
-        decoder_input_ids = decoder_input_ids.clone()
-        decoder_input_ids[:, 0] = start
     mask = batch.get("attention_mask")
     encoded = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask)
     decoded = model.get_decoder()(
-        input_ids=decoder_input_ids,
+        input_ids=_started(model.config, batch["decoder_input_ids"]),
         encoder_hidden_states=encoded.last_hidden_state,
         encoder_attention_mask=mask,
         use_cache=False,
     )
     hidden_BTH: Tensor = decoded.last_hidden_state
     return hidden_BTH
+
+
+def _started(config: PretrainedConfig, decoder_input_ids_BT: Tensor) -> Tensor:
+    """The decoder's inputs with the model's own start token in the first column."""
+    start = config.decoder_start_token_id
+    if start is None or start == config.pad_token_id:
+        return decoder_input_ids_BT
+    started_BT = decoder_input_ids_BT.clone()
+    started_BT[:, 0] = start
+    return started_BT
 
 
 def decoder_logit_scale(config: PretrainedConfig) -> float:
@@ -304,25 +299,11 @@ def require_plain_decoder_head(model: PreTrainedModel) -> None:
     device = next(model.parameters()).device
     ids_BT = torch.arange(min(8, model.config.vocab_size), device=device)[None]
     batch: Batch = {"input_ids": ids_BT, "decoder_input_ids": ids_BT}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        start = model.config.decoder_start_token_id
-        decoder_ids_BT = ids_BT.clone()
-        if start is not None and start != model.config.pad_token_id:
-            decoder_ids_BT[:, 0] = start
+    with evaluation_mode(model):
+        decoder_ids_BT = _started(model.config, ids_BT)
         own_BTV = model(input_ids=ids_BT, decoder_input_ids=decoder_ids_BT).logits.float()
         hidden_BTH = decoder_hidden_states(model, batch)
-    finally:
-        for module, training in modes:
-            module.training = training
-    head = model.get_output_embeddings()
-    logits_BTV = F.linear(hidden_BTH, head.weight, getattr(head, "bias", None)).float()
-    logits_BTV *= decoder_logit_scale(model.config)
-    if cap := logit_softcap(model.config):
-        logits_BTV = cap * torch.tanh(logits_BTV / cap)
-    # As for decoders alone: rounding in bfloat16 stays below a hundredth of the largest logit.
-    if (logits_BTV - own_BTV).abs().max() > 0.05 * own_BTV.abs().max():
+    if not is_plain(model, hidden_BTH, own_BTV, scale=decoder_logit_scale(model.config)):
         raise ModelError(
             f"models of type `{model.config.model_type}` do not multiply the decoder's hidden "
             "states by the output weights alone, as the loss does",

@@ -9,13 +9,8 @@ from fulltune.data.token_labels import label_tokens
 from fulltune.errors import ConfigError, DataError
 from fulltune.models.attention_equation import equation_of, trace_attention
 from fulltune.models.families import family_of, num_layers
-from fulltune.models.loading import (
-    context_length,
-    load_body,
-    load_model_config,
-    load_tokenizer,
-    resolve_model,
-)
+from fulltune.models.loading import context_length, load_body, load_model_config, load_tokenizer
+from fulltune.models.sources import resolve_model
 from fulltune.report.attention_page import AttentionReport, render_attention_page
 from fulltune.report.attention_picture import require_picture, write_attention_picture
 from fulltune.train.run_folder import write_atomically, writing

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fulltune.config import build_config, read_yaml
-from fulltune.data.encoding import encode_dataset
+from fulltune.data.encoded_dataset import encode_dataset
 from fulltune.data.joined import JoinedDataset
 from fulltune.data.tasks import TaskConfig
 from fulltune.errors import ConfigError, DataError

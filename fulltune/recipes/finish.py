@@ -21,6 +21,7 @@ from fulltune.errors import CheckpointError, RunFolderError
 from fulltune.inference import stop_ids
 from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import save_model
+from fulltune.recipes.measuring import measure, sample
 from fulltune.report.report import render_model_card, write_report
 from fulltune.runtime import (
     describe_machine,
@@ -81,7 +82,7 @@ def finish(trainer: Trainer, ending: Ending) -> None:
     model, change, tokens_still = _exact_model(trainer)
     _say_what_moved(trainer, change, tokens_still)
     _measure_as_written(trainer, model)
-    trainer.sample(step, model)
+    sample(trainer, step, model)
     manifest = _manifest(trainer, ending, change)
     _write_model(trainer, model, trainer.folder / MODEL, card=render_model_card(manifest))
     with write_errors(trainer.folder):
@@ -116,7 +117,7 @@ def _measure_as_written(trainer: Trainer, model: PreTrainedModel) -> None:
     if dtype == trainer.precision.dtype or not trainer.last_metrics:
         return  # the last evaluation, or that of the best step, was of the same weights
     trainer.display.stage("evaluating the model as it is written")
-    trainer.last_metrics, trainer.last_details = trainer.measure(model)
+    trainer.last_metrics, trainer.last_details = measure(trainer, model)
     trainer.tracker.write(
         "result", step=trainer.progress.step, dtype=trainer.config.save_as, **trainer.last_metrics
     )

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fulltune.data.arranged import JoinedExamples
 from fulltune.data.chat import end_of_turn_ids
-from fulltune.data.encoding import EncodedDataset, encode_dataset
+from fulltune.data.encoded_dataset import EncodedDataset, encode_dataset
 from fulltune.data.formats import ROWS_LOOKED_AT, make_example, recognise_format
 from fulltune.data.joined import JoinedDataset
 from fulltune.data.preview import examine
@@ -23,14 +23,10 @@ from fulltune.data.splits import Source, Split, Splittable, parse_validation, sp
 from fulltune.data.tasks import ChatExample, Example, TaskConfig
 from fulltune.data.unknown_tokens import unknown_token_id
 from fulltune.errors import ConfigError, DataError, ModelError
+from fulltune.models.chat_template import set_chat_template
 from fulltune.models.families import family_of
-from fulltune.models.loading import (
-    context_length,
-    load_model_config,
-    load_tokenizer,
-    resolve_model,
-    set_chat_template,
-)
+from fulltune.models.loading import context_length, load_model_config, load_tokenizer
+from fulltune.models.sources import resolve_model
 from fulltune.objectives.base import Objective
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from fulltune.config import Settings
 from fulltune.data.arranged import JoinedExamples
-from fulltune.data.encoding import EncodedDataset
+from fulltune.data.encoded_dataset import EncodedDataset
 from fulltune.data.preview import examine
 from fulltune.data.preview_checks import check
 from fulltune.data.sections import Sections
@@ -20,15 +20,11 @@ from fulltune.data.sentence_pairs import SentencePairsConfig
 from fulltune.data.unknown_tokens import unknown_token_id
 from fulltune.errors import AssetError, ConfigError, ModelError, near_names
 from fulltune.models.families import Family, family_of
-from fulltune.models.loading import (
-    context_length,
-    load_model_config,
-    load_tokenizer,
-    resolve_model,
-)
+from fulltune.models.loading import Head, context_length, load_model_config, load_tokenizer
 from fulltune.models.presets import PRESETS, is_new_model, make_config, make_model
+from fulltune.models.sources import resolve_model
 from fulltune.models.warm_start import converted_xlnet
-from fulltune.objectives.base import ArrangingObjective, Head
+from fulltune.objectives.base import ArrangingObjective
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.causal_stream import CausalStream
 from fulltune.objectives.masked_lm import MaskedLM, MaskingConfig

@@ -154,7 +154,8 @@ def compare(
 
 def open_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a tokenizer folder, or of any source of a model."""
-    from fulltune.models.loading import TOKENIZER_FILES, load_tokenizer, resolve_model
+    from fulltune.models.loading import TOKENIZER_FILES, load_tokenizer
+    from fulltune.models.sources import resolve_model
 
     folder = Path(source).expanduser()
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -170,7 +171,8 @@ def extend(model: str, tokens: Sequence[str], output: Path) -> Extended:
         ModelError: the model cannot be loaded.
         RunFolderError: the output cannot be written.
     """
-    from fulltune.models.loading import load_tokenizer, read_info, resolve_model, save_model
+    from fulltune.models.loading import load_tokenizer, read_info, save_model
+    from fulltune.models.sources import resolve_model
     from fulltune.models.vocabulary import add_tokens, grow_embeddings, load_as_saved
 
     check_output(output)

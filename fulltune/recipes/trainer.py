@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +14,10 @@ import torch
 
 from fulltune.data.loader import Loader, StepPlan, num_steps, prefetch
 from fulltune.errors import ConfigError
-from fulltune.evaluate.evaluator import (
-    BestTracker,
-    EvaluationResult,
-    Retention,
-    evaluate_model,
-    evaluate_retention,
-    sample_answers,
-)
+from fulltune.evaluate.evaluator import BestTracker, Retention
 from fulltune.memory.plan import MemoryPlan, plan_memory
-from fulltune.models.families import layer_of, num_layers
+from fulltune.models.families import layers_of, num_layers
+from fulltune.models.flops import count_flops
 from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import load_model
 from fulltune.models.scope import freeze, require_own_weights
@@ -34,12 +26,9 @@ from fulltune.objectives.noise import noise_seed
 from fulltune.objectives.span_corruption import require_plain_decoder_head
 from fulltune.optim.master_weights import MasterWeights
 from fulltune.optim.optimizers import Optimizer, group_parameters
-from fulltune.recipes.prepare import (
-    Base,
-    Prepared,
-    first_conversations,
-)
-from fulltune.recipes.resume import restore, save, save_best
+from fulltune.recipes.measuring import evaluate, sample
+from fulltune.recipes.prepare import Base, Prepared
+from fulltune.recipes.resume import restore, save
 from fulltune.runtime import (
     PrecisionChoice,
     Runtime,
@@ -50,8 +39,7 @@ from fulltune.tracking import Tracker, TrackingConfig, format_bytes, format_miss
 from fulltune.train.health import NonFiniteError, SpikeDetector, nonfinite_rows
 from fulltune.train.interruption import agreed, caught_signals
 from fulltune.train.loop import Ending, Progress, every, fit
-from fulltune.train.ranks import from_all_ranks, from_main_rank, on_all_ranks, on_main_rank
-from fulltune.train.run_folder import write_atomically, write_errors
+from fulltune.train.ranks import from_all_ranks, on_all_ranks, on_main_rank
 from fulltune.train.step import MicroBatch, train_step
 
 if TYPE_CHECKING:
@@ -85,7 +73,7 @@ class Trainer:
         self.started = time.time()
 
         self.model = on_all_ranks(runtime, self.load_base)
-        layers = layer_of_parameters(self.model)
+        layers = layers_of(self.model)
         self.layers = layers
         depth = num_layers(self.model.config)
         tied_heads = freeze(self.model, config.scope, layer_of=layers, num_layers=depth)
@@ -133,7 +121,7 @@ class Trainer:
         self.last_metrics: dict[str, float] = {}
         self.last_details: dict[str, Any] = {}
         self.seconds_before = 0.0
-        self.flops = _flops_per_step(self.model, layers) if config.scope == "all" else None
+        self.flops = count_flops(self.model, layers) if config.scope == "all" else None
 
     @cached_property
     def frozen_hash(self) -> str | None:
@@ -213,9 +201,9 @@ class Trainer:
         ):
             self._say_what_starts(resumed_step)
             if resumed_step is None:
-                on_main_rank(self.runtime, lambda: self.sample(0, self.model))
+                on_main_rank(self.runtime, lambda: sample(self, 0, self.model))
                 if self.config.task.validation is not None:
-                    self._evaluate(0)
+                    evaluate(self, 0)
             if resumed_step is not None and self.best.should_stop:
                 ending: Ending = "stopped early"  # killed after the decision, before the end
             else:
@@ -224,7 +212,7 @@ class Trainer:
                     self._step,
                     self._batches(),
                     num_steps=self.num_steps,
-                    evaluate=self._evaluate,
+                    evaluate=lambda step: evaluate(self, step),
                     evaluate_every=every(self.config.evaluate.every, self.loader.epochs_after),
                     save=lambda step: on_main_rank(self.runtime, lambda: save(self, step)),
                     save_every=every(self.config.save_every, self.loader.epochs_after),
@@ -374,87 +362,6 @@ class Trainer:
             "or lower `optimizer.lr`"
         )
 
-    # -- once in a while ---------------------------------------------------------------------------
-
-    def measure(self, model: PreTrainedModel) -> tuple[dict[str, float], dict[str, Any]]:
-        """Metrics and details of a model on the validation split and on the retention text."""
-        metrics: dict[str, float] = {}
-        details: dict[str, Any] = {}
-        if self.config.task.validation is not None:
-            result: EvaluationResult = evaluate_model(
-                model,
-                self.objective,
-                self.prepared.dataset,
-                self.prepared.validation,
-                kind=self.config.task.kind,
-                micro_batch_tokens=self.plan.micro_batch_tokens,
-            )
-            metrics, details = dict(result.metrics), result.details
-        if self.retention is not None:
-            metrics["retention_loss"] = evaluate_retention(
-                model,
-                self.retention.reader,
-                self.retention.windows,
-                micro_batch_tokens=self.plan.micro_batch_tokens,
-            )
-        return metrics, details
-
-    def _evaluate(self, step: int) -> bool:
-        """Measure on the validation split; True asks to stop early."""
-        if self.config.task.validation is None and self.retention is None:
-            return False
-        self.display.stage("evaluating")
-        metrics, self.last_details = self.measure(self.model)
-        # Every rank measured all of it; where their last bits differ, they still stop together.
-        metrics = from_main_rank(self.runtime, metrics)
-        self.last_metrics = metrics
-        judged = self.config.task.validation is not None
-        is_best = judged and self.best.update(step, metrics)
-        values = {"split": "validation", **metrics, "best": is_best}
-        self.tracker.write("evaluation", step=step, **values)
-        self.display.evaluation(step, values)
-        if not judged:
-            return False
-        if is_best and step > 0:
-            on_main_rank(self.runtime, lambda: save_best(self, step))
-        if self.best.should_stop:
-            self.tracker.write(
-                "early_stop", step=step, metric=self.best.metric, best_step=self.best.best_step
-            )
-            self.display.notice(
-                f"stopped early: no better `{self.best.metric}` than at step {self.best.best_step} "
-                f"for {self.best.num_since_best} evaluations"
-            )
-        return self.best.should_stop
-
-    def sample(self, step: int, model: PreTrainedModel) -> None:
-        """Answer a few held-out prompts, to be read before and after."""
-        count = self.config.evaluate.num_samples
-        if self.config.task.kind != "chat" or not count or not len(self.prepared.validation):
-            return
-        self.display.stage("answering held-out prompts")
-        samples = sample_answers(
-            model,
-            self.base.tokenizer,
-            first_conversations(
-                self.config.task,
-                self.prepared.dataset,
-                self.prepared.validation,
-                num_samples=count,
-            ),
-            num_samples=count,
-        )
-        lines = [{"step": step, **sample.as_json()} for sample in samples]
-        # Written anew with what was there of other steps: a run killed here samples once more.
-        path = self.folder / "samples.jsonl"
-        kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in kept if json.loads(line)["step"] != step]
-        made = [json.dumps(line, ensure_ascii=False) for line in lines]
-        with write_errors(self.folder):
-            write_atomically(path, "".join(f"{line}\n" for line in [*kept, *made]))
-        for line in lines:
-            self.tracker.write("sample", **line)
-
     def seconds(self) -> float:
         """Seconds of training so far, those before a resume included."""
         return self.seconds_before + time.time() - self.started
@@ -470,31 +377,3 @@ class _NoTracker:
         return None
 
     def write(self, event: str, **values: object) -> None: ...
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations of matrix products, forward and backward: 6 a weight and token.
-
-    Attention's own products, which grow with the length of a document, are not counted.
-    """
-
-    body: float
-    """A token."""
-    head: float
-    """A predicted token."""
-
-
-def _flops_per_step(model: PreTrainedModel, layers: dict[str, Any]) -> Flops:
-    body = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 2 and isinstance(layers[name], int)
-    )
-    output = model.get_output_embeddings()
-    return Flops(6.0 * body, 6.0 * output.weight.numel() if output is not None else 0.0)
-
-
-def layer_of_parameters(model: PreTrainedModel) -> dict[str, Any]:
-    """The layer of every parameter by name."""
-    return {name: layer_of(name, model) for name, _ in model.named_parameters()}

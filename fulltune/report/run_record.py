@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from fulltune.data.preview_facts import Finding, PreviewFacts
 from fulltune.data.tasks import TASKS
 from fulltune.errors import DataError, RunFolderError
-from fulltune.tracking import read_metrics, show_answer
+from fulltune.tracking import format_bytes, read_metrics, show_answer
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,34 @@ class RunRecord:
         if "duration_seconds" in self.manifest:
             return float(self.manifest["duration_seconds"])
         return sum(float(event.get("seconds") or 0.0) for event in self.steps())
+
+    @property
+    def headline(self) -> str:
+        """The model that was trained and the task, as far as the folder says."""
+        model = self.manifest.get("base_model") or self.start.get("model")
+        return " · ".join(
+            str(part) for part in (model or self.config.get("model"), self.task) if part
+        )
+
+    @property
+    def peak_memory_bytes(self) -> float:
+        """The most memory that was measured; 0 where none was."""
+        recorded = (self.manifest.get("memory") or {}).get("peak_bytes")
+        values = [value for _, value in self.values("memory_bytes") if math.isfinite(value)]
+        return float(recorded or max(values, default=0.0))
+
+    @property
+    def machine(self) -> tuple[str, str] | None:
+        """The device, and its cores and memory where they are known."""
+        machine = self.manifest.get("machine")
+        if not isinstance(machine, Mapping):
+            device = machine or self.start.get("device")
+            return (str(device), "") if device else None
+        name = str(machine.get("gpu") or machine.get("cpu") or machine.get("device") or "")
+        cores = f"{machine['cores']} cores" if "cores" in machine else ""
+        memory = machine.get("memory_bytes")
+        size = format_bytes(memory) if isinstance(memory, (int, float)) else ""
+        return (name, " · ".join(part for part in (cores, size) if part)) if name else None
 
     def steps(self) -> list[Mapping[str, Any]]:
         """The `step` events."""

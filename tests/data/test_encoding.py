@@ -18,14 +18,13 @@ import psutil
 import pytest
 
 import fulltune
-from fulltune.data import encoding
+from fulltune.data import encoded_dataset
+from fulltune.data.encoded_dataset import EncodedDataset, encode_dataset
 from fulltune.data.encoding import (
     SENTENCE_START,
     WORD_START,
-    EncodedDataset,
     EncodedExample,
     content_hash,
-    encode_dataset,
 )
 from fulltune.data.tasks import ClassificationExample, Example, TaskConfig, TextExample
 from fulltune.errors import DataError
@@ -37,7 +36,7 @@ CHUNK_RECORDS = 40
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "CHUNK_RECORDS", CHUNK_RECORDS)
+    monkeypatch.setattr(encoded_dataset, "CHUNK_RECORDS", CHUNK_RECORDS)
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,8 @@ def test_an_encoded_data_set_can_be_sent_to_another_process(tmp_path: Path) -> N
 def test_more_shards_than_are_kept_open_can_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "_OPEN_SHARDS", 2)
-    monkeypatch.setattr(encoding, "CHUNK_RECORDS", 3)
+    monkeypatch.setattr(encoded_dataset, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(encoded_dataset, "CHUNK_RECORDS", 3)
     dataset = encoded(rows_file(tmp_path / "a.jsonl", 20), tmp_path / "cache")
     assert len(shards(tmp_path / "cache")) == 7
     for index in np.random.default_rng(0).permutation(len(dataset)):
@@ -309,7 +308,7 @@ sys.modules["test_encoding_module"] = module
 spec.loader.exec_module(module)
 
 if __name__ == "__main__":
-    module.encoding.CHUNK_RECORDS = module.CHUNK_RECORDS
+    module.encoded_dataset.CHUNK_RECORDS = module.CHUNK_RECORDS
     encode = module.Bytes({seconds})
     module.encoded({source!r}, Path({cache!r}), encode=encode, num_workers={workers})
 """

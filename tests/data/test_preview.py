@@ -29,6 +29,7 @@ from fulltune.data.preview_view import (
 from fulltune.data.tasks import TaskKind
 from fulltune.data.unknown_tokens import unknown_token_id
 from fulltune.errors import DataError
+from tests.conftest import encoded_example
 
 END = 2
 
@@ -87,16 +88,12 @@ def chat_row(
 
 def class_row(number: int, label: str, text: str = "") -> EncodedExample:
     text = text or f"text {number}"
-    return EncodedExample(
-        input_ids=[1, 5, 2],
+    return encoded_example(
+        [1, 5, 2],
         targets=[0, 0, 0],
-        token_type_ids=[],
         label=label,
-        num_removed=0,
-        num_removed_targets=0,
         input_hash=hash(text),
         example_hash=hash((text, label)),
-        num_bytes=0,
         where=f"reviews.csv:{number + 2}",
     )
 

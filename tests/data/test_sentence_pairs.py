@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulltune.data.boundaries import sentence_starts
-from fulltune.data.encoding import SENTENCE_START, EncodedExample
+from fulltune.data.encoding import SENTENCE_START
 from fulltune.data.sentence_pairs import Pair, SentencePairs, SentencePairsConfig, draw_pairs
 from fulltune.errors import DataError
-from tests.conftest import DocumentsInMemory
+from tests.conftest import DocumentsInMemory, encoded_example
 
 START, SEPARATOR = 1, 2
 
@@ -22,17 +22,10 @@ START, SEPARATOR = 1, 2
 def make_documents(sentences: Sequence[Sequence[int]]) -> DocumentsInMemory:
     """Documents whose sentences have the given lengths; every token is a number of its own."""
     return DocumentsInMemory(
-        EncodedExample(
-            input_ids=list(range(1000 * (number + 1), 1000 * (number + 1) + sum(lengths))),
-            targets=[1] * sum(lengths),
-            token_type_ids=[],
-            label="",
-            num_removed=0,
-            num_removed_targets=0,
-            input_hash=number,
-            example_hash=number,
+        encoded_example(
+            range(1000 * (number + 1), 1000 * (number + 1) + sum(lengths)),
+            number,
             num_bytes=sum(lengths),
-            where=f"a.txt:{number + 1}",
             boundaries=[
                 SENTENCE_START * (index == 0) + 1 for length in lengths for index in range(length)
             ],

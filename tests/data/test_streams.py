@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fulltune.data.encoding import EncodedExample
 from fulltune.data.streams import TokenStream
 from fulltune.errors import DataError
-from tests.conftest import DocumentsInMemory
+from tests.conftest import DocumentsInMemory, encoded_example
 
 END = -1
 
@@ -19,15 +18,9 @@ END = -1
 def make_documents(lengths: Sequence[int]) -> DocumentsInMemory:
     """Every token tells its document and its place there."""
     return DocumentsInMemory(
-        EncodedExample(
-            input_ids=[1000 * index + place for place in range(length)],
-            targets=[1] * length,
-            token_type_ids=[],
-            label="",
-            num_removed=0,
-            num_removed_targets=0,
-            input_hash=index,
-            example_hash=index,
+        encoded_example(
+            [1000 * index + place for place in range(length)],
+            index,
             num_bytes=3 * length + 1,
             where=f"text.txt:{index + 1}",
         )
@@ -112,14 +105,14 @@ def test_the_order_follows_from_the_seed_and_the_set_of_documents() -> None:
     assert len({first[index]["example_hash"] for index in range(len(first))}) == 40
 
 
-def test_a_short_last_window_is_dropped_if_asked() -> None:
+def test_a_short_last_window_is_kept_unless_nothing_in_it_can_be_predicted() -> None:
     documents = make_documents([10, 10])
     kept = TokenStream(documents, [0, 1], 0, window_tokens=8, end_id=END)
-    dropped = TokenStream(documents, [0, 1], 0, window_tokens=8, end_id=END, keep_last=False)
+    dropped = TokenStream(documents, [0, 1], 0, window_tokens=7, end_id=END)
     assert kept.lengths.tolist() == [8, 8, 6]
-    assert dropped.lengths.tolist() == [8, 8]
+    assert dropped.lengths.tolist() == [7, 7, 7]
 
 
 def test_too_little_text_for_one_window_is_said() -> None:
-    with pytest.raises(DataError, match="1 documents of this split have 11 tokens"):
-        TokenStream(make_documents([10]), [0], 0, window_tokens=64, end_id=END, keep_last=False)
+    with pytest.raises(DataError, match="0 documents of this split have 0 tokens"):
+        TokenStream(make_documents([10]), [], 0, window_tokens=64, end_id=END)

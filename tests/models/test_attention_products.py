@@ -85,9 +85,7 @@ def test_the_masks_do_not_depend_on_what_else_is_computed_together(monkeypatch):
     torch.testing.assert_close(attend(states, lengths, dropout=0.3), whole)
 
 
-def test_nothing_as_large_as_the_weights_is_kept():
-    lengths = (256,)
-    states = make_states(lengths, torch.float32, heads=(2, 2, 2), size=4)
+def sizes_kept(states, lengths, *, dropout=0.0) -> list[int]:
     kept: list[int] = []
 
     def pack(tensor):
@@ -95,5 +93,18 @@ def test_nothing_as_large_as_the_weights_is_kept():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        attend(states, lengths, dropout=0.1)
-    assert max(kept) < 256 * 256
+        attend(states, lengths, dropout=dropout)
+    return kept
+
+
+def test_nothing_as_large_as_the_weights_is_kept():
+    states = make_states((256,), torch.float32, heads=(2, 2, 2), size=4)
+    assert max(sizes_kept(states, (256,), dropout=0.1)) < 256 * 256
+
+
+def test_sums_are_kept_only_of_documents_that_go_through_the_kernels():
+    lengths = (64, 64, 200)
+    states = make_states(lengths, torch.float32, heads=(4, 2, 2))
+    inputs_and_output = [*(each.numel() for each in states), states[0].numel()]
+    assert sizes_kept(states, lengths, dropout=0.1) == inputs_and_output
+    assert sizes_kept(states, lengths) == [*inputs_and_output, 4 * 200]

@@ -19,7 +19,7 @@ from fulltune.models.families import (
     FAMILIES,
     classification_logits,
     family_of,
-    layer_of,
+    layers_of,
     masked_hidden_states,
     num_layers,
     sentence_logits,
@@ -134,7 +134,7 @@ def test_heads_that_a_model_lacks_are_named() -> None:
 
 def test_every_parameter_of_llama_has_its_part() -> None:
     model = AutoModelForCausalLM.from_config(small_config("llama"))
-    parts = {name: layer_of(name, model) for name, _ in model.named_parameters()}
+    parts = layers_of(model)
     assert parts["model.embed_tokens.weight"] == "embeddings"
     assert parts["model.layers.1.mlp.up_proj.weight"] == 1
     assert parts["model.norm.weight"] == parts["lm_head.weight"] == "head"
@@ -145,7 +145,7 @@ def test_every_parameter_of_llama_has_its_part() -> None:
 def test_parts_of_a_classifier_are_embeddings_all_layers_and_head(model_type: str) -> None:
     config = small_config(model_type)
     model = AutoModelForSequenceClassification.from_config(config)
-    parts = {name: layer_of(name, model) for name, _ in model.named_parameters()}
+    parts = layers_of(model)
     shared = model_type == "albert"  # one set of weights serves all layers
     layers = {0} if shared else set(range(num_layers(config)))
     assert set(parts.values()) - {"embeddings", "head"} == layers

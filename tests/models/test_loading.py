@@ -18,15 +18,15 @@ from transformers import (
 )
 
 from fulltune.errors import AssetError, ConfigError, MissingExtraError, ModelError
+from fulltune.models.chat_template import set_chat_template
 from fulltune.models.loading import (
     context_length,
     load_model,
     load_tokenizer,
     read_info,
-    resolve_model,
     save_model,
-    set_chat_template,
 )
+from fulltune.models.sources import resolve_model
 
 LABELS = ("no", "yes", "maybe")
 

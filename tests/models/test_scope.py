@@ -15,18 +15,14 @@ from transformers import (
 )
 
 from fulltune.errors import ConfigError
-from fulltune.models.families import Part, layer_of, num_layers
+from fulltune.models.families import layers_of, num_layers
 from fulltune.models.scope import freeze, require_own_weights
 from fulltune.optim.master_weights import MasterWeights
 from fulltune.optim.optimizers import OptimizerConfig, group_parameters
 
 
-def parts_of(model: PreTrainedModel) -> dict[str, Part]:
-    return {name: layer_of(name, model) for name, _ in model.named_parameters()}
-
-
 def apply(model: PreTrainedModel, scope: str) -> frozenset[str]:
-    return freeze(model, scope, layer_of=parts_of(model), num_layers=num_layers(model.config))
+    return freeze(model, scope, layer_of=layers_of(model), num_layers=num_layers(model.config))
 
 
 def trained(model: PreTrainedModel) -> set[str]:
@@ -65,7 +61,7 @@ def test_all_and_the_head_of_such_a_model_are_trained(albert: PreTrainedModel) -
 def test_a_rate_for_each_layer_of_such_a_model_is_refused(albert: PreTrainedModel) -> None:
     with pytest.raises(ConfigError, match=r"`optimizer\.layer_lr_decay` tells layers apart"):
         require_own_weights(
-            parts_of(albert),
+            layers_of(albert),
             num_layers(albert.config),
             setting="optimizer.layer_lr_decay",
             hint="leave it out",
@@ -75,7 +71,7 @@ def test_a_rate_for_each_layer_of_such_a_model_is_refused(albert: PreTrainedMode
 def test_layers_of_their_own_are_told_apart(tiny_llama: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(tiny_llama)
     apply(model, "last 1 layer")
-    assert {parts_of(model)[name] for name in trained(model)} == {1, "head"}
+    assert {layers_of(model)[name] for name in trained(model)} == {1, "head"}
 
 
 def test_a_tied_head_that_is_trained_as_the_head_has_the_rate_of_the_head(tiny_gpt2: Path) -> None:
@@ -88,7 +84,7 @@ def test_a_tied_head_that_is_trained_as_the_head_has_the_rate_of_the_head(tiny_g
         groups = group_parameters(
             MasterWeights(model, torch.float32),
             config,
-            layer_of=parts_of(model),
+            layer_of=layers_of(model),
             num_layers=2,
             tied_heads=tied_heads,
         )

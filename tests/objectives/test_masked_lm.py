@@ -18,7 +18,8 @@ from fulltune.data.tasks import TextExample
 from fulltune.errors import ConfigError, ModelError
 from fulltune.models.loading import load_tokenizer
 from fulltune.objectives.masked_lm import MaskedLM, MaskingConfig
-from tests.conftest import DocumentsInMemory
+from tests.conftest import DocumentsInMemory, encoded_example
+from tests.objectives.conftest import disturb, labels_of, learn_by_heart, small_encoder
 
 TEXTS = (
     "The capital of the country is a city by the river. She sells sea shells!",
@@ -26,11 +27,6 @@ TEXTS = (
     "How many apples are there in the basket? There are seven apples.",
     "法国的首都是巴黎。你好，世界！今天天气很好。",
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_bert: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(tiny_bert)
 
 
 def arranged(objective: MaskedLM, texts: Sequence[str] = TEXTS) -> list[EncodedExample]:
@@ -47,36 +43,16 @@ def seeded(example: EncodedExample, seed: int) -> EncodedExample:
 def invented(tokenizer: PreTrainedTokenizerBase, length: int, number: int) -> EncodedExample:
     """An example of ordinary tokens with a start and a separator around them."""
     ordinary = np.random.default_rng(number).integers(5, len(tokenizer), length).tolist()
-    return EncodedExample(
-        input_ids=[tokenizer.cls_token_id, *ordinary, tokenizer.sep_token_id],
+    return encoded_example(
+        [tokenizer.cls_token_id, *ordinary, tokenizer.sep_token_id],
+        number,
         targets=[0, *[1] * length, 0],
-        token_type_ids=[],
-        label="",
-        num_removed=0,
-        num_removed_targets=0,
-        input_hash=number,
-        example_hash=number,
-        num_bytes=0,
-        where="a.txt:1",
         boundaries=[0, *np.random.default_rng(number).integers(0, 2, length).tolist(), 0],
     )
 
 
 def small_model(tokenizer: PreTrainedTokenizerBase, **values: Any) -> BertForMaskedLM:
-    torch.manual_seed(0)
-    return BertForMaskedLM(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            **values,
-        )
-    )
+    return small_encoder(BertConfig, BertForMaskedLM, len(tokenizer), **values)
 
 
 def test_windows_keep_every_token_once_and_never_mix_documents(
@@ -300,16 +276,13 @@ def test_loss_equals_that_of_the_models_own_forward(
     tokenizer: PreTrainedTokenizerBase, packing: bool
 ) -> None:
     model = small_model(tokenizer, attn_implementation="fulltune" if packing else "sdpa").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+    disturb(model)
     objective = MaskedLM(tokenizer, 24, packing=packing)
     examples = arranged(objective)
     batch = objective.collate(examples)
 
     padded = MaskedLM(tokenizer, 24, packing=False).collate(examples)
-    labels_BT = torch.full_like(padded["input_ids"], -100)
-    labels_BT.view(-1)[padded["target_positions"]] = padded["target_ids"]
+    labels_BT = labels_of(padded)
     own = model(
         input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], labels=labels_BT
     )
@@ -332,14 +305,7 @@ def test_eight_sequences_are_learned_by_heart(tokenizer: PreTrainedTokenizerBase
     texts = [f"{text} {number}" for number, text in enumerate(TEXTS * 2)]
     examples = [example for example in arranged(objective, texts) if len(example["targets"]) > 10]
     batch = objective.collate(examples[:8])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(80):
-        optimizer.zero_grad()
-        (objective.loss_sum(model, batch) / objective.num_targets(batch)).backward()
-        optimizer.step()
-    scores = objective.score(model, batch)
-    assert scores.loss_sum / scores.num_targets < 0.05
-    assert scores.num_correct == scores.num_targets
+    learn_by_heart(objective, model, batch, steps=80, lr=5e-3)
 
 
 def test_hashes_and_bytes_are_those_of_the_document(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,7 +15,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, XLNetConfig
 from transformers import XLNetLMHeadModel as XLNet
 
-from fulltune.data.encoding import EncodedExample
 from fulltune.errors import ModelError
 from fulltune.objectives.base import Batch
 from fulltune.objectives.permutation_lm import PermutationLM
@@ -27,7 +26,7 @@ from fulltune.objectives.permutation_order import (
     permutation_mask,
     word_starts,
 )
-from tests.conftest import DocumentsInMemory
+from tests.conftest import DocumentsInMemory, encoded_example
 
 LINES = (
     "The capital of the country is a city by the river.",
@@ -60,17 +59,11 @@ def make_model(vocab_size: int = len(TOKENIZER), **values: Any) -> XLNet:
 
 
 def make_example(ids: Sequence[int], *, seed: int = 0, memory: Sequence[int] = ()) -> Any:
-    return EncodedExample(
-        input_ids=[*memory, *ids, SEP, CLS],
+    return encoded_example(
+        [*memory, *ids, SEP, CLS],
+        seed,
         targets=[*[0] * len(memory), *[1] * len(ids), 0, 0],
         token_type_ids=[*[0] * (len(memory) + len(ids) + 1), 2],
-        label="",
-        num_removed=0,
-        num_removed_targets=0,
-        input_hash=seed,
-        example_hash=seed,
-        num_bytes=0,
-        where="text.txt:1",
     )
 
 

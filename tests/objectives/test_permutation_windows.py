@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from transformers import PreTrainedTokenizerBase, XLNetConfig, XLNetLMHeadModel
 from fulltune.data.encoding import SENTENCE_START, EncodedExample
 from fulltune.data.streams import TokenStream
 from fulltune.errors import ConfigError
-from fulltune.models.loading import load_tokenizer
 from fulltune.objectives.permutation_lm import PermutationLM
 from fulltune.objectives.permutation_noise import PermutationConfig
 from fulltune.objectives.permutation_order import word_starts
@@ -30,11 +28,6 @@ SENTENCES = (
     "法国的首都是巴黎。", "你好，世界！", "The fox sleeps on.",
 )  # fmt: skip
 PUBLISHED = {"reuse_length": 12, "memory_length": 18, "pairs": True, "backward": True}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_bert: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(tiny_bert)
 
 
 def documents_for(objective: PermutationLM) -> DocumentsInMemory:

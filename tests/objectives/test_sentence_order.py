@@ -26,6 +26,7 @@ from fulltune.models.loading import load_tokenizer
 from fulltune.objectives.masked_lm import MaskedLM, MaskingConfig
 from fulltune.objectives.sentence_order import SentenceOrder
 from tests.conftest import DocumentsInMemory
+from tests.objectives.conftest import disturb, labels_of, learn_by_heart, small_encoder
 
 TEXTS = (
     "The capital of the country is a city by the river. She sells sea shells by the sea shore. "
@@ -37,11 +38,6 @@ TEXTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_bert: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(tiny_bert)
-
-
 def arranged(
     objective: SentenceOrder, texts: Sequence[str] = TEXTS, seed: int = 0
 ) -> list[EncodedExample]:
@@ -51,23 +47,10 @@ def arranged(
 
 
 def small_model(kind: str, tokenizer: PreTrainedTokenizerBase, **values: Any) -> Any:
-    torch.manual_seed(0)
-    fields: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        **values,
-    }
     if kind == "bert":
-        return BertForPreTraining(BertConfig(**fields))
-    return AlbertForPreTraining(
-        AlbertConfig(**fields, embedding_size=16, classifier_dropout_prob=0.0)
-    )
+        return small_encoder(BertConfig, BertForPreTraining, len(tokenizer), **values)
+    values |= {"embedding_size": 16, "classifier_dropout_prob": 0.0}
+    return small_encoder(AlbertConfig, AlbertForPreTraining, len(tokenizer), **values)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -80,9 +63,7 @@ def test_loss_of_pairs_alike_in_length_is_that_of_the_models_own_forward(
 ) -> None:
     attention = "fulltune" if packing else "sdpa"
     model = small_model(model_type, tokenizer, attn_implementation=attention).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+    disturb(model)
     objective = SentenceOrder(
         tokenizer, 32, pairs=SentencePairsConfig(kind=kind, copies=20), packing=packing
     )
@@ -92,8 +73,7 @@ def test_loss_of_pairs_alike_in_length_is_that_of_the_models_own_forward(
     batch = objective.collate(examples)
 
     padded = SentenceOrder(tokenizer, 32, packing=False).collate(examples)
-    labels_BT = torch.full_like(padded["input_ids"], -100)
-    labels_BT.view(-1)[padded["target_positions"]] = padded["target_ids"]
+    labels_BT = labels_of(padded)
     own = model(
         input_ids=padded["input_ids"],
         token_type_ids=padded["token_type_ids"],
@@ -153,14 +133,7 @@ def test_eight_pairs_are_learned_by_heart(
     examples = arranged(objective)[:8]
     assert {example["label"] for example in examples} == {"0", "1"}
     batch = objective.collate(examples)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(250):
-        optimizer.zero_grad()
-        (objective.loss_sum(model, batch) / objective.num_targets(batch)).backward()
-        optimizer.step()
-    scores = objective.score(model, batch)
-    assert scores.loss_sum / scores.num_targets < 0.05
-    assert scores.num_correct == scores.num_targets
+    scores = learn_by_heart(objective, model, batch, steps=250, lr=5e-3)
     assert scores.num_sentences_correct == scores.num_sentences == 8
 
 

@@ -19,7 +19,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fulltune.data.encoding import EncodedExample
 from fulltune.data.tasks import TextExample
 from fulltune.errors import DataError, ModelError
 from fulltune.objectives.span_corruption import (
@@ -35,7 +34,8 @@ from fulltune.objectives.spans import (
     random_segmentation,
     raw_length,
 )
-from tests.conftest import DocumentsInMemory
+from tests.conftest import DocumentsInMemory, encoded_example
+from tests.objectives.conftest import learn_by_heart
 
 END = 1
 SENTINELS = tuple(range(9999, 7999, -1))
@@ -62,21 +62,6 @@ def make_model(**values: Any) -> Any:
         **{**sizes, "num_heads": 4, "decoder_start_token_id": 0, "dropout_rate": 0.0, **values}
     )
     return T5ForConditionalGeneration(config)
-
-
-def make_example(ids: list[int], seed: int) -> EncodedExample:
-    return EncodedExample(
-        input_ids=ids,
-        targets=[1] * len(ids),
-        token_type_ids=[],
-        label="",
-        num_removed=0,
-        num_removed_targets=0,
-        input_hash=0,
-        example_hash=seed,
-        num_bytes=0,
-        where="text.txt:1",
-    )
 
 
 def splice(inputs: list[int], targets: list[int], sentinels: tuple[int, ...]) -> list[int]:
@@ -156,20 +141,20 @@ def test_every_way_to_cut_is_equally_likely() -> None:
 @given(st.lists(st.integers(2, 250), min_size=2, max_size=80), seeds, st.booleans())
 def test_noise_follows_from_the_seed_alone(ids: list[int], seed: int, epoch: bool) -> None:
     objective = OBJECTIVES["ul2"]
-    example = make_example(ids, seed)
+    example = encoded_example(ids, seed)
     if epoch:
         example = {**example, "example_hash": 0, "noise_seed": seed}
-    together = objective.collate([make_example([5] * 30, 3), example])
+    together = objective.collate([encoded_example([5] * 30, 3), example])
     alone = objective.collate([example])
     number = alone["target_ids"].numel()
     assert together["target_ids"][-number:].tolist() == alone["target_ids"].tolist()
-    assert objective.corrupt(example) == objective.corrupt(make_example(ids, seed))
+    assert objective.corrupt(example) == objective.corrupt(encoded_example(ids, seed))
 
 
 @given(st.lists(st.integers(2, 250), min_size=2, max_size=300), seeds)
 def test_every_denoiser_of_ul2_keeps_the_text_and_says_its_mode(ids: list[int], seed: int) -> None:
     objective = OBJECTIVES["ul2"]
-    inputs, targets = objective.corrupt(make_example(ids, seed))
+    inputs, targets = objective.corrupt(encoded_example(ids, seed))
     mode = objective.tokenizer.convert_ids_to_tokens(inputs[0])
     if mode == "[S2S]":
         assert inputs[1:-1] + targets[:-1] == ids
@@ -188,7 +173,7 @@ OBJECTIVES = {
 def test_ul2_draws_all_seven_and_never_exceeds_the_inputs() -> None:
     objective = OBJECTIVES["ul2"]
     ids = [7] * objective.window_tokens
-    shapes = [objective.corrupt(make_example(ids, seed)) for seed in range(300)]
+    shapes = [objective.corrupt(encoded_example(ids, seed)) for seed in range(300)]
     assert max(len(inputs) for inputs, _ in shapes) == 512
     assert len({(len(inputs), len(targets)) for inputs, targets in shapes}) == 7
     plain = SpanCorruption(make_tokenizer(), 512, SpanConfig(mixture="ul2"))
@@ -259,7 +244,9 @@ def make_mt5() -> Any:
 def test_the_loss_and_its_gradients_are_those_of_the_model(make: Any) -> None:
     model = make()
     objective = OBJECTIVES["t5"]
-    batch = objective.collate([make_example([*range(2, 60)], 1), make_example([*range(9, 40)], 2)])
+    batch = objective.collate(
+        [encoded_example([*range(2, 60)], 1), encoded_example([*range(9, 40)], 2)]
+    )
     assert "attention_mask" in batch
     labels = torch.full(batch["decoder_input_ids"].shape, -100)
     labels.view(-1)[batch["prediction_positions"]] = batch["target_ids"]
@@ -300,12 +287,4 @@ def test_eight_texts_are_learned_by_heart() -> None:
     ]
     model = make_model(d_model=64, d_kv=16, d_ff=128, feed_forward_proj="gated-gelu")
     batch = objective.collate(examples)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    for _ in range(150):
-        optimizer.zero_grad()
-        loss = objective.loss_sum(model, batch) / objective.num_targets(batch)
-        loss.backward()
-        optimizer.step()
-    scores = objective.score(model, batch)
-    assert scores.loss_sum / scores.num_targets < 0.05
-    assert scores.num_correct == scores.num_targets
+    learn_by_heart(objective, model, batch, steps=150, lr=3e-3, weight_decay=0.0)

@@ -38,7 +38,7 @@ from fulltune.report.charts import (
     thin,
     tick_text,
 )
-from fulltune.report.report import render_markdown
+from fulltune.report.markdown import render_markdown
 from fulltune.report.run_record import read_run
 from fulltune.tracking import MetricsLog, format_bytes, format_number
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.tasks import ChatExample, Message
-from fulltune.models.families import layer_of, num_layers
+from fulltune.models.families import layers_of, num_layers
 from fulltune.models.loading import load_model, load_tokenizer
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.optim.master_weights import MasterWeights
@@ -70,7 +70,7 @@ def load_without_dropout(model_dir: Path) -> PreTrainedModel:
 def make_optimizer(model: torch.nn.Module, dtype: torch.dtype) -> Optimizer:
     masters = MasterWeights(model, dtype)
     config = OptimizerConfig(lr=1e-2, schedule="constant")
-    layers = {name: layer_of(name, model) for name, _ in model.named_parameters()}  # type: ignore[arg-type]
+    layers = layers_of(model)
     groups = group_parameters(
         masters,
         config,
