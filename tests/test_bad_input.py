@@ -292,6 +292,9 @@ def test_settings_without_effect_or_beyond_the_model_are_refused(
         (["task.template=none.jinja"], "`none.jinja` is neither built in nor a file"),
         (["task.validation=40 examples"], "leaves none of the 40 examples for training"),
         (["task.validation=100%"], "`task.validation` is `100%`"),
+        (["task.validation=1,5 examples"], "a comma only parts thousands"),
+        (["task.validation=null", "evaluate.every=5 steps"], "`evaluate.every` has no effect"),
+        (["task.validation=null", "evaluate.num_samples=1"], "`evaluate.num_samples` has no"),
     ],
 )
 def test_settings_a_chat_run_cannot_use_are_refused(
