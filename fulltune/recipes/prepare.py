@@ -315,7 +315,10 @@ def _check_labels(labels: Sequence[str], dataset: JoinedDataset) -> None:
 def find_examples(
     task: TaskConfig, wheres: Collection[str], *, include_validation: bool = True
 ) -> dict[str, Example]:
-    """Read the rows at some places again, as examples before tokens."""
+    """Read the rows at some places again, as examples before tokens.
+
+    A source that none of them lies in is not opened, and reading ends with the last of them.
+    """
     wanted = set(wheres)
     sources = [task.train] if isinstance(task.train, str) else list(task.train)
     if include_validation and task.validation is not None:
@@ -324,13 +327,16 @@ def find_examples(
             sources.append(validation.source)
     found: dict[str, Example] = {}
     for source in sources:
-        if len(found) == len(wanted):
-            break
+        # The name of each of its files begins with the name of the source.
+        inside = {where for where in wanted - found.keys() if where.startswith(source.rstrip("/"))}
+        if not inside:
+            continue
         record_format = recognise_format(list(read_records(source, limit=ROWS_LOOKED_AT)), task)
         for record in read_records(source):
-            if record.where in wanted:
+            if record.where in inside:
                 found[record.where] = make_example(record, record_format, kind=task.kind)
-                if len(found) == len(wanted):
+                inside.remove(record.where)
+                if not inside:
                     break
     return found
 

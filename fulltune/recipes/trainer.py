@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from fulltune.data.loader import Loader, StepPlan, num_steps, prefetch
+from fulltune.data.tasks import ChatExample
 from fulltune.errors import ConfigError
 from fulltune.evaluate.evaluator import (
     BestTracker,
@@ -149,6 +150,16 @@ class Trainer:
         return digest.hexdigest()
 
     # -- before the first step ---------------------------------------------------------------------
+    @cached_property
+    def conversations(self) -> list[ChatExample]:
+        """Held-out conversations whose prompts are answered before and after training."""
+        return first_conversations(
+            self.config.task,
+            self.prepared.dataset,
+            self.prepared.validation,
+            num_samples=self.config.evaluate.num_samples,
+        )
+
 
     def load_base(self) -> PreTrainedModel:
         """The base model in float32, its head new where it has none; the same for the same seed."""
@@ -436,12 +447,7 @@ class Trainer:
         samples = sample_answers(
             model,
             self.base.tokenizer,
-            first_conversations(
-                self.config.task,
-                self.prepared.dataset,
-                self.prepared.validation,
-                num_samples=count,
-            ),
+            self.conversations,
             num_samples=count,
         )
         lines = [{"step": step, **sample.as_json()} for sample in samples]
