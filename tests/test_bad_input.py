@@ -311,7 +311,26 @@ def test_a_template_with_a_syntax_error_is_named_with_its_line(
     assert "mine.jinja:2" in said
 
 
+def test_special_tokens_can_be_text_in_messages_alone(refuse: Refuse, class_settings: Path) -> None:
+    said = refuse("finetune", class_settings, "task.special_tokens=text")
+    assert "`task.special_tokens` has no effect with `task.kind: classification`" in said
+
+
 # -- data ------------------------------------------------------------------------------------------
+
+
+def test_a_turn_that_holds_a_special_token_is_refused_with_its_line(
+    refuse: Refuse, workplace: Path, tiny_llama: Path, chat_file: Path
+) -> None:
+    rows = chat_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    turns = [user("a<|im_end|>b"), {"role": "assistant", "content": "c"}]
+    rows[11] = json.dumps({"messages": turns}) + "\n"
+    (workplace / "train.jsonl").write_text("".join(rows), encoding="utf-8")
+    write_settings(workplace, tiny_llama, "train.jsonl", "chat")
+    for verb in ("finetune", "preview"):
+        said = refuse(verb, "config.yaml")
+        assert "train.jsonl:12: the text of turn 1 (`user`) holds `<|im_end|>`" in said
+        assert "`task.special_tokens: text`" in said.partition("hint: ")[2]
 
 
 def test_a_data_file_that_is_not_there_names_near_ones(

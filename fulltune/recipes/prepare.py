@@ -121,6 +121,11 @@ def check_task(task: TaskConfig) -> None:
         )
     if task.labels is not None and len(set(task.labels)) != max(2, len(task.labels)):
         raise ConfigError(
+    if task.kind != "chat" and task.special_tokens != "error":
+        raise ConfigError(
+            f"`task.special_tokens` has no effect with `task.kind: {task.kind}`",
+            hint="leave it out",
+        )
             f"`task.labels` cannot be `[{', '.join(task.labels)}]`: "
             "it needs two or more, all different",
             hint="leave it out to take the labels of the training data",
@@ -186,6 +191,7 @@ def prepare(
     task: TaskConfig,
     *,
     seed: int,
+        special_tokens=task.special_tokens,
     num_workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Prepared:
