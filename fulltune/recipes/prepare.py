@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,14 @@ from fulltune.data.unknown_tokens import unknown_token_id
 from fulltune.errors import ConfigError, DataError, ModelError
 from fulltune.models.families import family_of
 from fulltune.models.loading import (
+    CHAT_TEMPLATES,
     context_length,
     load_model_config,
     load_tokenizer,
     resolve_model,
     set_chat_template,
 )
+from fulltune.models.vocabulary import add_markers
 from fulltune.objectives.base import Objective
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification
@@ -52,6 +54,9 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     source: Path | None = None
     """The model that ``path`` was converted from, where it was."""
+    new_tokens: dict[int, list[int]] = field(default_factory=dict)
+    """Tokens that the chat template needs and the model lacks: their ids -> the ids of the pieces
+    that stood for them, as whose mean their embeddings begin."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +100,12 @@ def open_base(model: str, task: TaskConfig) -> Base:
     path = resolve_model(model)
     config = load_model_config(path)
     tokenizer = load_tokenizer(path)
+    new_tokens: dict[int, list[int]] = {}
     if task.template is not None:
         set_chat_template(tokenizer, task.template)
-    return Base(path, config, tokenizer)
+        if task.template in CHAT_TEMPLATES:
+            new_tokens = add_markers(tokenizer)
+    return Base(path, config, tokenizer, new_tokens=new_tokens)
 
 
 def check_task(task: TaskConfig) -> None:
@@ -113,6 +121,11 @@ def check_task(task: TaskConfig) -> None:
             raise ConfigError(
                 f"`task.{name}` has no effect with `task.kind: {task.kind}`", hint="leave it out"
             )
+    if task.kind != "chat" and task.special_tokens != "error":
+        raise ConfigError(
+            f"`task.special_tokens` has no effect with `task.kind: {task.kind}`",
+            hint="leave it out",
+        )
     if task.kind == "text" and task.too_long != "error":
         raise ConfigError(
             "`task.too_long` has no effect with `task.kind: text`, whose documents are cut into "
@@ -121,11 +134,6 @@ def check_task(task: TaskConfig) -> None:
         )
     if task.labels is not None and len(set(task.labels)) != max(2, len(task.labels)):
         raise ConfigError(
-    if task.kind != "chat" and task.special_tokens != "error":
-        raise ConfigError(
-            f"`task.special_tokens` has no effect with `task.kind: {task.kind}`",
-            hint="leave it out",
-        )
             f"`task.labels` cannot be `[{', '.join(task.labels)}]`: "
             "it needs two or more, all different",
             hint="leave it out to take the labels of the training data",
@@ -183,6 +191,7 @@ def make_objective(
         packing=family.can_pack,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        special_tokens=task.special_tokens,
     )
 
 
@@ -191,7 +200,6 @@ def prepare(
     task: TaskConfig,
     *,
     seed: int,
-        special_tokens=task.special_tokens,
     num_workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Prepared:

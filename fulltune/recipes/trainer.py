@@ -30,6 +30,7 @@ from fulltune.models.families import layer_of, num_layers
 from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import load_model
 from fulltune.models.scope import freeze, require_own_weights
+from fulltune.models.vocabulary import grow_embeddings
 from fulltune.objectives.causal_lm import require_plain_head
 from fulltune.objectives.noise import noise_seed
 from fulltune.objectives.span_corruption import require_plain_decoder_head
@@ -149,7 +150,6 @@ class Trainer:
             digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    # -- before the first step ---------------------------------------------------------------------
     @cached_property
     def conversations(self) -> list[ChatExample]:
         """Held-out conversations whose prompts are answered before and after training."""
@@ -160,6 +160,7 @@ class Trainer:
             num_samples=self.config.evaluate.num_samples,
         )
 
+    # -- before the first step ---------------------------------------------------------------------
 
     def load_base(self) -> PreTrainedModel:
         """The base model in float32, its head new where it has none; the same for the same seed."""
@@ -174,6 +175,8 @@ class Trainer:
             dropout=self.config.dropout,
             seed=self.config.seed,
         )
+        if self.base.new_tokens:
+            grow_embeddings(model, self.base.new_tokens)
         torch.nn.Module.to(model, self.runtime.device)  # in place
         if self.objective.head == "causal_lm":
             require_plain_head(model)
@@ -275,7 +278,15 @@ class Trainer:
             micro_batch_tokens=self.plan.micro_batch_tokens,
             predicted_memory_bytes=self.plan.predicted_bytes,
             kernels=self.kernels,
+            new_tokens=self.new_tokens,
         )
+        if self.new_tokens:
+            self.display.notice(
+                f"`task.template: {self.config.task.template}` writes "
+                f"{' and '.join(f'`{token}`' for token in self.new_tokens)}, which the model does "
+                "not have: they are new tokens, whose embeddings begin as the mean of the pieces "
+                "that spelled them"
+            )
         share = self.num_trained / self.num_parameters
         self.display.notice(
             f"training {self.num_trained:,} of {self.num_parameters:,} parameters ({share:.0%}), "
@@ -460,6 +471,11 @@ class Trainer:
             write_atomically(path, "".join(f"{line}\n" for line in [*kept, *made]))
         for line in lines:
             self.tracker.write("sample", **line)
+
+    @property
+    def new_tokens(self) -> list[str]:
+        """The tokens that the chat template added to the model."""
+        return [str(self.base.tokenizer.convert_ids_to_tokens(i)) for i in self.base.new_tokens]
 
     def seconds(self) -> float:
         """Seconds of training so far, those before a resume included."""
