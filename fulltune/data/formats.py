@@ -514,8 +514,10 @@ def _turn(row: _Row, turn: Any, name: str, *, sharegpt: bool) -> Message:
         raise _refused(row, name, "function_call")
     role = roles.get(turn[role_key]) if isinstance(turn[role_key], str) else None
     if role is None:
+        near = near_names(str(turn[role_key]), roles)
         raise row.error(
-            f"{name} has the unknown role `{turn[role_key]}`", hint=f"possible are {_listed(roles)}"
+            f"{name} has the unknown role `{turn[role_key]}`",
+            hint=(f"did you mean `{near[0]}`? " if near else "") + f"possible are {_listed(roles)}",
         )
     # A tool may answer nothing, and an empty system turn says "no system prompt" to most templates.
     may_be_empty = role in ("system", "tool")
