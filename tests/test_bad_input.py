@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -17,10 +18,13 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 
+from fulltune.assets.building import built_whole
 from fulltune.cli import main
 from fulltune.config import build_config, dump_config, load_config
 from fulltune.data.records import read_records
+from fulltune.errors import AssetError
 from fulltune.recipes import finetune
 
 Refuse = Callable[..., str]
@@ -924,3 +928,35 @@ def test_a_process_ends_with_code_two_and_no_traceback(
     )  # fmt: skip
     said = checked(done.stderr, done.stdout, done.returncode, 2, before, workplace)
     assert "`no.jsonl` does not exist" in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_output_to_a_full_disk_ends_with_code_two_and_no_traceback(workplace: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fulltune", "settings", "finetune", "--json"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    said = checked(done.stderr, "", done.returncode, 2, {}, workplace)
+    assert "the output cannot be written: No space left on device" in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
+    ],
+)
+def test_a_cache_on_a_full_disk_is_named_and_nothing_half_built_stays(
+    workplace: Path, error: Exception
+) -> None:
+    def build() -> None:
+        with built_whole(workplace / "cache" / "model") as building:
+            (building / "config.json").write_text("{}")
+            raise error
+
+    with pytest.raises(AssetError, match="the disk is full") as caught:
+        build()
+    assert "`FULLTUNE_CACHE`" in str(caught.value.hint)
+    assert not list((workplace / "cache").iterdir())
