@@ -58,6 +58,14 @@ class Quantity:
         return f"{number}%" if self.unit == "%" else f"{number} {self.unit}"
 
 
+def has_wrong_comma(number: str) -> bool:
+    """Whether a comma in a number does anything but part thousands.
+
+    `0,5%` is half a per cent to some; that it is not five must be said.
+    """
+    return "," in number and not re.fullmatch(r"[1-9][0-9]{0,2}(,[0-9]{3})+([.eE].*)?", number)
+
+
 @dataclass(frozen=True)
 class Units:
     """The units a setting accepts; shown by `fulltune settings`."""
@@ -74,8 +82,7 @@ class Units:
         )
         if match is None:
             raise ValueError(f"must be a number with a unit, not negative; write {self.example()}")
-        if "," in match[1] and not re.fullmatch(r"[1-9][0-9]{0,2}(,[0-9]{3})+(\..*)?", match[1]):
-            # `0,5%` is half a per cent to some; that it is not five must be said.
+        if has_wrong_comma(match[1]):
             raise ValueError(f"a comma only parts thousands; write {self.example()}")
         number, unit = float(match[1].replace("_", "").replace(",", "")), match[2]
         known = {name.lower(): name for name in self.names}

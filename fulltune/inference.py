@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -164,7 +164,11 @@ def load_for_inference(
 
 
 def build_objective(
-    loaded: Loaded, *, too_long: TooLong = "error", max_length: int | None = None
+    loaded: Loaded,
+    *,
+    too_long: TooLong = "error",
+    max_length: int | None = None,
+    special_tokens: Literal["error", "text"] = "text",
 ) -> CausalLM | Classification:
     """The objective that encodes and scores for a loaded model, as it was trained.
 
@@ -172,13 +176,20 @@ def build_objective(
         loaded: the model.
         too_long: what happens to an example longer than ``max_length``.
         max_length: in tokens; None is what the model was trained with, else its context.
+        special_tokens: what happens to a message that holds the text of a special token.
     """
     context = context_length(loaded.model.config)
     longest = min(max_length or loaded.info.get("max_length", context), context)
     family = family_of(loaded.model.config)
     if loaded.kind != "classification":
         require_plain_head(loaded.model)
-        return CausalLM(loaded.tokenizer, longest, too_long, packing=family.can_pack)
+        return CausalLM(
+            loaded.tokenizer,
+            longest,
+            too_long,
+            packing=family.can_pack,
+            special_tokens=special_tokens,
+        )
     return Classification(
         loaded.tokenizer,
         loaded.labels,

@@ -142,10 +142,12 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         count = torch.cuda.device_count()
         index = local_rank if chosen.index is None else chosen.index
         if index >= count:
-            found = f"torch {torch.__version__} sees {count} GPUs"
+            found = f"torch {torch.__version__} sees {count or 'no'} GPU{'s' if count > 1 else ''}"
             raise ConfigError(
                 f"`device` is {device!r}, but that GPU is not there: {found}",
-                hint="set `device: cpu`, or install the torch build for your CUDA version",
+                hint=f"write `cuda:0`{f' to `cuda:{count - 1}`' if count > 1 else ''}, or `cpu`"
+                if count
+                else "set `device: cpu`, or install the torch build for your CUDA version",
             )
         return torch.device("cuda", index)
     if chosen.type != "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -17,10 +18,13 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 
+from fulltune.assets.building import built_whole
 from fulltune.cli import main
 from fulltune.config import build_config, dump_config, load_config
 from fulltune.data.records import read_records
+from fulltune.errors import AssetError
 from fulltune.recipes import finetune
 
 Refuse = Callable[..., str]
@@ -171,6 +175,10 @@ def test_a_settings_file_of_another_word_is_not_suggested(
         ("duration=-3 epochs", "`duration` cannot be", "`3 epochs`"),
         ("duration=1,5 epochs", "a comma only parts thousands", "`3 epochs`"),
         ("optimizer.warmup=0,5%", "a comma only parts thousands", "`5%`"),
+        ("batch=4,0 examples", "a comma only parts thousands", "`64 examples`"),
+        ("save_every=1,5 steps", "a comma only parts thousands", "`500 steps`"),
+        ("memory=1,5 GiB", "a comma only parts thousands", "`20 GiB`"),
+        ("memory=2 TB", "`TB` is not a unit here", "`20 GiB`"),
         ("optimizer.warmup=0.5 steps", "must be a whole number", "steps"),
         ("evaluate.every=0.4 steps", "must be a whole number", "steps"),
         ("batch=0 examples", "`batch` cannot be `0 examples`", "`batch`"),
@@ -288,6 +296,9 @@ def test_settings_without_effect_or_beyond_the_model_are_refused(
         (["task.template=none.jinja"], "`none.jinja` is neither built in nor a file"),
         (["task.validation=40 examples"], "leaves none of the 40 examples for training"),
         (["task.validation=100%"], "`task.validation` is `100%`"),
+        (["task.validation=1,5 examples"], "a comma only parts thousands"),
+        (["task.validation=null", "evaluate.every=5 steps"], "`evaluate.every` has no effect"),
+        (["task.validation=null", "evaluate.num_samples=1"], "`evaluate.num_samples` has no"),
     ],
 )
 def test_settings_a_chat_run_cannot_use_are_refused(
@@ -304,7 +315,26 @@ def test_a_template_with_a_syntax_error_is_named_with_its_line(
     assert "mine.jinja:2" in said
 
 
+def test_special_tokens_can_be_text_in_messages_alone(refuse: Refuse, class_settings: Path) -> None:
+    said = refuse("finetune", class_settings, "task.special_tokens=text")
+    assert "`task.special_tokens` has no effect with `task.kind: classification`" in said
+
+
 # -- data ------------------------------------------------------------------------------------------
+
+
+def test_a_turn_that_holds_a_special_token_is_refused_with_its_line(
+    refuse: Refuse, workplace: Path, tiny_llama: Path, chat_file: Path
+) -> None:
+    rows = chat_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    turns = [user("a<|im_end|>b"), {"role": "assistant", "content": "c"}]
+    rows[11] = json.dumps({"messages": turns}) + "\n"
+    (workplace / "train.jsonl").write_text("".join(rows), encoding="utf-8")
+    write_settings(workplace, tiny_llama, "train.jsonl", "chat")
+    for verb in ("finetune", "preview"):
+        said = refuse(verb, "config.yaml")
+        assert "train.jsonl:12: the text of turn 1 (`user`) holds `<|im_end|>`" in said
+        assert "`task.special_tokens: text`" in said.partition("hint: ")[2]
 
 
 def test_a_data_file_that_is_not_there_names_near_ones(
@@ -898,3 +928,35 @@ def test_a_process_ends_with_code_two_and_no_traceback(
     )  # fmt: skip
     said = checked(done.stderr, done.stdout, done.returncode, 2, before, workplace)
     assert "`no.jsonl` does not exist" in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_output_to_a_full_disk_ends_with_code_two_and_no_traceback(workplace: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fulltune", "settings", "finetune", "--json"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    said = checked(done.stderr, "", done.returncode, 2, {}, workplace)
+    assert "the output cannot be written: No space left on device" in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
+    ],
+)
+def test_a_cache_on_a_full_disk_is_named_and_nothing_half_built_stays(
+    workplace: Path, error: Exception
+) -> None:
+    def build() -> None:
+        with built_whole(workplace / "cache" / "model") as building:
+            (building / "config.json").write_text("{}")
+            raise error
+
+    with pytest.raises(AssetError, match="the disk is full") as caught:
+        build()
+    assert "`FULLTUNE_CACHE`" in str(caught.value.hint)
+    assert not list((workplace / "cache").iterdir())

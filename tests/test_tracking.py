@@ -25,7 +25,9 @@ from fulltune.tracking import (
     make_display,
     printable,
     read_metrics,
+    restore_numbers,
     show_answer,
+    to_json_text,
 )
 
 STEP = {
@@ -357,3 +359,33 @@ def test_numbers_are_written_as_people_write_them() -> None:
         "-Infinity",
     ]
     assert printable("a\tb\x1b[0m\n c") == "a b [0m c"
+
+
+def test_a_document_with_numbers_that_are_not_finite_is_json_and_is_read_back() -> None:
+    document = {
+        "results": {"loss": math.nan, "perplexity": math.inf, "accuracy": 0.5},
+        "weight_change": [{"group": "layer 0", "relative.change": -math.inf}, {"group": "NaN"}],
+        "path": Path("runs/a"),
+        "answer": "NaN",
+    }
+    text = to_json_text(document, indent=1)
+    plain = json.loads(text, parse_constant=pytest.fail)
+    assert plain["results"] == {"loss": "NaN", "perplexity": "Infinity", "accuracy": 0.5}
+    assert plain["not_finite"] == [
+        "results.loss", "results.perplexity", "weight_change.relative.change",
+    ]  # fmt: skip
+    restored = restore_numbers(plain)
+    assert math.isnan(restored["results"]["loss"])
+    assert restored["results"]["perplexity"] == math.inf
+    assert restored["weight_change"] == [
+        {"group": "layer 0", "relative.change": -math.inf}, {"group": "NaN"},
+    ]  # fmt: skip
+    assert restored["answer"] == "NaN"
+    assert "not_finite" not in restored
+
+
+def test_a_list_of_documents_names_what_is_not_finite_in_each() -> None:
+    text = to_json_text([{"metrics": {"loss": math.nan}}, {"metrics": {"loss": 1.0}}], indent=2)
+    first, second = json.loads(text, parse_constant=pytest.fail)
+    assert first == {"metrics": {"loss": "NaN"}, "not_finite": ["metrics.loss"]}
+    assert second == {"metrics": {"loss": 1.0}}

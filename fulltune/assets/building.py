@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fulltune.errors import AssetError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -14,6 +21,9 @@ def built_whole(folder: Path) -> Generator[Path]:
     """A temporary folder beside ``folder`` to build in, which then takes its name.
 
     An error while building leaves nothing behind. Where another process was first, its copy stays.
+
+    Raises:
+        AssetError: the disk is full.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -25,5 +35,14 @@ def built_whole(folder: Path) -> Generator[Path]:
         except OSError:
             if not folder.is_dir():  # else another process was first: its copy is as good
                 raise
+    except (OSError, SafetensorError) as error:
+        # Of safetensors only the text says why: `... (os error 28)`.
+        is_full = any(f"os error {number})" in str(error) for number in _FULL)
+        if not is_full and getattr(error, "errno", None) not in _FULL:
+            raise
+        raise AssetError(
+            f"`{folder}` cannot be written: the disk is full",
+            hint="free some space there, or, for a cache, name another folder as `FULLTUNE_CACHE`",
+        ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -69,12 +69,18 @@ def _check_complete(gguf_file: Path) -> None:
     """Fail on a file that is not GGUF or ends before its last tensor."""
     from gguf import GGUFReader
 
+    if not gguf_file.stat().st_size:
+        raise ModelError(f"`{gguf_file}` is empty", hint="download it again")
     try:
         reader = GGUFReader(gguf_file)
         end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
     except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
+        # A place that lies outside of the file is no reason that a user can read.
+        is_plain = isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError)
         raise ModelError(
-            f"`{gguf_file}` is not a readable GGUF file: {error}", hint="download it again"
+            f"`{gguf_file}` is not a readable GGUF file: "
+            f"{error if is_plain else 'it is damaged or cut short'}",
+            hint="download it again",
         ) from error
     if end == 0 or end > gguf_file.stat().st_size:
         raise ModelError(

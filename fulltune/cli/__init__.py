@@ -58,6 +58,10 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # as for a broken pipe
+            hint = "free some space, or send the output elsewhere"
+            _fail(f"the output cannot be written: {error.strerror}", hint, 2)
         if error.filename is None or error.errno not in PATH_ERRORS:
             raise
         hint = "check how the path is written, and who may read and write there"

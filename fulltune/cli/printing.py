@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,10 @@ import typer
 
 
 def print_json(value: object) -> None:
-    """JSON on stdout, readable and in UTF-8."""
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+    """JSON on stdout, readable and in UTF-8; a number that is not finite is text, and named."""
+    from fulltune.tracking.json_text import to_json_text
+
+    typer.echo(to_json_text(value, indent=2))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

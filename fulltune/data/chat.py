@@ -2,17 +2,24 @@
 
 Training and generation both come through here, so that the tokens before an answer are the same in
 both. A conversation is rendered by the template once, cut where assistant turns begin and end, and
-the cut may never fall inside a token.
+the cut may never fall inside a token. What stands in a message is text: a special token written
+there is never encoded as the token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import jinja2
 
+from fulltune.data.special_text import (
+    Span,
+    encode_beside_special_text,
+    mark_special_text,
+    special_tokens,
+)
 from fulltune.data.tasks import Message
 from fulltune.errors import DataError, ModelError
 
@@ -26,6 +33,8 @@ class Segment:
 
     text: str
     trained: bool
+    literal: tuple[Span, ...] = ()
+    """Where a special token in ``text`` is not the token but text of a message."""
 
 
 def render_prompt(
@@ -37,8 +46,8 @@ def render_prompt(
             f"{where}: the conversation ends with an assistant turn, so there is nothing to answer",
             hint="end it with a `user` turn",
         )
-    segments = _cut(tokenizer, messages, _render(tokenizer, messages, True, where), where)
-    return [Segment(segment.text, trained=False) for segment in segments]
+    segments = _cut(tokenizer, messages, where, generate=True)
+    return [replace(segment, trained=False) for segment in segments]
 
 
 def render_conversation(
@@ -50,7 +59,7 @@ def render_conversation(
         DataError: the template refuses the conversation, or renders an earlier turn differently
             once later turns follow, so that what would be trained is not what would be seen.
     """
-    return _cut(tokenizer, messages, _render(tokenizer, messages, False, where), where)
+    return _cut(tokenizer, messages, where, generate=False)
 
 
 def encode_segments(
@@ -62,25 +71,26 @@ def encode_segments(
     apart, since generation meets exactly that cut.
     """
     text = "".join(segment.text for segment in segments)
-    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-    cuts, flags, position = [], [], 0
+    cuts, flags, literal, position = [], [], [], 0
     for segment in segments:
+        literal += [(position + start, position + stop) for start, stop in segment.literal]
         position += len(segment.text)
         cuts.append(position)
         flags.append(int(segment.trained))
+    all_ids, offsets = _encode(tokenizer, text, literal)
     targets: list[int] = []
     index = 0
-    for start, end in encoding.offsets:
+    for start, end in offsets:
         while index < len(cuts) - 1 and start >= cuts[index]:
             index += 1
         if end > cuts[index]:
             break  # straddles the cut
         targets.append(flags[index])
     else:
-        return list(encoding.ids), targets
+        return all_ids, targets
     input_ids, targets = [], []
     for segment, flag in zip(segments, flags, strict=True):
-        ids = tokenizer.backend_tokenizer.encode(segment.text, add_special_tokens=False).ids
+        ids, _ = _encode(tokenizer, segment.text, segment.literal)
         input_ids += ids
         targets += [flag] * len(ids)
     return input_ids, targets
@@ -93,14 +103,29 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     if tokenizer.chat_template:
         segments = render_conversation(tokenizer, probe, where="chat template")
         trained_ids, _ = encode_segments(tokenizer, [s for s in segments if s.trained])
-        if trained_ids and trained_ids[-1] in _special_tokens(tokenizer).values():
+        if trained_ids and trained_ids[-1] in special_tokens(tokenizer).ids.values():
             ids.add(trained_ids[-1])
     return ids
 
 
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, literal: Sequence[Span]
+) -> tuple[list[int], list[Span]]:
+    if literal:
+        return encode_beside_special_text(tokenizer, text, literal)
+    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    return list(encoding.ids), list(encoding.offsets)
+
+
 def _cut(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], full: str, where: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    where: str,
+    *,
+    generate: bool,
 ) -> list[Segment]:
+    messages, marks = mark_special_text(tokenizer, messages, where=where)
+    full = _render(tokenizer, messages, generate, where)
     segments: list[Segment] = []
     position = 0
     for index, message in enumerate(messages):
@@ -126,20 +151,17 @@ def _cut(
         position = len(before) + len(trained)
     if position < len(full):
         segments.append(Segment(full[position:], trained=False))
-    return [segment for segment in segments if segment.text]
+    segments = [segment for segment in segments if segment.text]
+    if marks is None:
+        return segments
+    unmarked = [(marks.remove(segment.text), segment.trained) for segment in segments]
+    return [Segment(text, trained, literal) for (text, literal), trained in unmarked]
 
 
 def _through_end_of_turn(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
     """The answer without the layout that follows its end-of-turn token: generation stops there."""
     stripped = answer.rstrip()
-    return stripped if stripped.endswith(tuple(_special_tokens(tokenizer))) else answer
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """All of them: an end of turn need not be the tokenizer's eos or have a name of its own."""
-    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    added = tokenizer.added_tokens_decoder.items()
-    return named | {token.content: index for index, token in added if token.special}
+    return stripped if stripped.endswith(tuple(special_tokens(tokenizer).ids)) else answer
 
 
 def _render(

@@ -10,7 +10,7 @@ from typing import Any
 
 from fulltune.data.rows import Row, listed, type_name
 from fulltune.data.tasks import Message, Role
-from fulltune.errors import DataError
+from fulltune.errors import DataError, near_names
 
 _OPENAI_ROLES: dict[str, Role] = {
     "system": "system",
@@ -150,8 +150,10 @@ def _turn(row: Row, turn: Any, name: str, *, sharegpt: bool) -> Message:
         raise _refused(row, name, "function_call")
     role = roles.get(turn[role_key]) if isinstance(turn[role_key], str) else None
     if role is None:
+        near = near_names(str(turn[role_key]), roles)
         raise row.error(
-            f"{name} has the unknown role `{turn[role_key]}`", hint=f"possible are {listed(roles)}"
+            f"{name} has the unknown role `{turn[role_key]}`",
+            hint=(f"did you mean `{near[0]}`? " if near else "") + f"possible are {listed(roles)}",
         )
     # A tool may answer nothing, and an empty system turn says "no system prompt" to most templates.
     may_be_empty = role in ("system", "tool")

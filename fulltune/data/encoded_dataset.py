@@ -223,7 +223,8 @@ def encode_dataset(
         raise DataError(
             f"none of the {num_records} records of {', '.join(f'`{s}`' for s in sources)} is left "
             "after encoding",
-            hint="with `task.too_long=drop` all were longer than `task.max_length`"
+            hint="with `task.too_long: drop` all were longer than `task.max_length`: raise it up "
+            "to the model's context, or write `task.too_long: truncate`"
             if config.too_long == "drop"
             else "the tokenizer finds no token in any of their texts",
         )

@@ -244,9 +244,10 @@ def writing(folder: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise DataError(
             f"encoded data cannot be written to `{folder}`: {error.strerror}",
-            hint="free some space there, or name another cache folder; finished work is kept"
+            hint="free some space there, or name another folder as `FULLTUNE_CACHE`; "
+            "finished work is kept"
             if full
-            else "name a cache folder that can be written",
+            else "name a folder that can be written as `FULLTUNE_CACHE`",
         ) from error
 
 

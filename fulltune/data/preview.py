@@ -217,6 +217,12 @@ def _examine_labels(dataset: EncodedColumns, indices: IntArray) -> LabelFacts:
     )
     return LabelFacts(
         counts={name: int(count) for name, count in zip(names, counts, strict=True) if count},
+        first_rows={
+            names[code]: dataset.where(int(indices[first]))
+            for code, first in zip(
+                *np.unique(dataset.labels[indices], return_index=True), strict=True
+            )
+        },
         num_contradicting=int(input_sizes[contradicting].sum()),
         contradicting=tuple(
             " but ".join(f"{dataset.where(row)} `{names[dataset.labels[row]]}`" for row in pair)

@@ -229,6 +229,11 @@ def _check_labels_of_others(train: SplitFacts, splits: Sequence[SplitFacts]) -> 
                     message=f"`{split.name}` has labels that `{train.name}` does not: "
                     + _quoted(unknown),
                     hint="correct their spelling, or give training examples of them",
+                    where=tuple(
+                        split.labels.first_rows[label]
+                        for label in unknown[:NUM_SHOWN]
+                        if split.labels is not None and label in split.labels.first_rows
+                    ),
                 )
             )
         if missing and counts:

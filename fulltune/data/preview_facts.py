@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from fulltune.data.padding import PaddingFacts
 from fulltune.data.unknown_tokens import UnknownFacts
@@ -64,6 +64,8 @@ class LabelFacts(_Facts):
 
     counts: dict[str, int]
     """By label; labels that the split lacks are not in it."""
+    first_rows: dict[str, str] = Field(default_factory=dict)
+    """Where each of them stands first."""
     num_contradicting: int
     """Examples whose input stands in the split under another label too."""
     contradicting: tuple[str, ...]

@@ -185,8 +185,15 @@ def _list_folder(folder: Path, name: str) -> list[DataFile]:
     def refuse(error: OSError) -> None:
         raise unreadable(str(error.filename), error)
 
-    for parent, folders, names in os.walk(folder, onerror=refuse):
+    seen = {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
+        # A link may lead back up, or to what stands here under its own name: each is read once.
+        real = {entry: os.path.realpath(Path(parent, entry)) for entry in folders}
+        for entry in sorted(folders, key=lambda entry: Path(parent, entry).is_symlink()):
+            if real[entry] in seen:
+                folders.remove(entry)
+            seen.add(real[entry])
         for entry in sorted(names):
             path = Path(parent, entry)
             file = recognise_file(path, f"{name}/{path.relative_to(folder).as_posix()}")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fulltune.config import has_wrong_comma
 from fulltune.data.tasks import TaskKind
 from fulltune.errors import ConfigError
 
@@ -62,6 +63,12 @@ def parse_validation(
 ) -> ShareOfTrain | CountOfTrain | Source:
     """Read the setting of this name: `5%`, `500 examples`, or a source."""
     text = text.strip()
+    match = re.fullmatch(r"([\d_.]*,[\d_.,]*)\s*(%|examples?)", text)
+    if match and (match[2] == "%" or has_wrong_comma(match[1])):
+        raise ConfigError(
+            f"`{setting}` is `{text}`, and a comma only parts thousands",
+            hint="write `0.5%`, `500 examples`, or a file",
+        )
     if match := re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*%", text):
         share = float(match[1]) / 100
         if not 0 < share < 1:

@@ -116,6 +116,10 @@ class TaskConfig(Settings):
     """What happens to an example longer than `max_length`. Documents of `text` are always cut into
     windows instead, losing nothing."""
     template: str | None = None
-    """Chat: a Jinja file, or `chatml`, for a model without a chat template; null uses its own."""
+    """Chat: a Jinja file, or `chatml`, for a model without a chat template; null uses its own.
+    `chatml` adds `<|im_start|>` and `<|im_end|>` to a model that lacks them."""
+    special_tokens: Literal["error", "text"] = "error"
+    """Chat: what happens to a message that holds the text of a special token, such as `<|im_end|>`;
+    `text` encodes it letter by letter. It never becomes the token."""
     deduplicate: bool = False
     """Drop examples that repeat an earlier one exactly."""

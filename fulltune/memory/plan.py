@@ -36,8 +36,13 @@ def _parse_memory(value: object) -> str:
         return "auto"
     try:
         return str(_UNITS.parse(value))
-    except ValueError:
-        raise ValueError("not a size; write `auto` or a limit such as `20 GiB`") from None
+    except ValueError as error:
+        # A comma or a foreign unit has a reason of its own; the advice knows of `auto`.
+        reason = str(error).partition(";")[0]
+        named = "a comma" in reason or "is not a unit" in reason
+        raise ValueError(
+            f"{reason if named else 'not a size'}; write `auto` or a limit such as `20 GiB`"
+        ) from None
 
 
 MemorySetting = Annotated[str, BeforeValidator(_parse_memory)]

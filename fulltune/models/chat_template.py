@@ -29,8 +29,9 @@ CHAT_TEMPLATES = {
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     """Give a tokenizer a chat template: a built-in name (`chatml`) or the path of a Jinja file.
 
-    Tokens are never added. Where a marker of the template is not one token, the log says so: the
-    model then learns it as the several tokens it is.
+    No token is added: `vocabulary.add_markers` does that for a built-in template. Where a marker of
+    a file's template is not one token, the log says so: the model then learns it as the several
+    tokens it is.
 
     Raises:
         ConfigError: no such template, or it cannot be rendered.
@@ -61,7 +62,12 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
             f"cannot be rendered: {error}",
             hint="correct the template; it is Jinja, given `messages` and `add_generation_prompt`",
         ) from error
-    for marker in sorted(set(re.findall(r"<\|\w+\|>", text))):
+    for marker in () if template in CHAT_TEMPLATES else template_markers(text):
         num_tokens = len(tokenizer.encode(marker, add_special_tokens=False))
         if num_tokens != 1:
             logger.info("chat template: `%s` is %d tokens in this vocabulary", marker, num_tokens)
+
+
+def template_markers(template: str) -> list[str]:
+    """The markers of turns in the text of a chat template, `<|im_end|>` and its kin."""
+    return sorted(set(re.findall(r"<\|\w+\|>", template)))

@@ -19,6 +19,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from fulltune.assets.quiet import quiet_transformers
 from fulltune.errors import ConfigError, ModelError
+from fulltune.models.chat_template import template_markers
 from fulltune.models.loading import from_pretrained, load_model_config
 
 
@@ -97,6 +98,27 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dic
             )
         pieces_of_id[number] = ids
     return pieces_of_id
+
+
+def add_markers(tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:
+    """Make special tokens of the markers of a tokenizer's chat template, new ones if need be.
+
+    A marker that is several tokens never ends a generation, and can be written in a message; one
+    that is a token already keeps its id.
+
+    Returns:
+        The id of each new token -> the ids that stood for it before.
+    """
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    markers = template_markers(str(tokenizer.chat_template))
+    pieces = {marker: tokenizer.encode(marker, add_special_tokens=False) for marker in markers}
+    num_before = len(tokenizer)
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": [marker for marker in markers if marker not in special]},
+        replace_extra_special_tokens=False,
+    )
+    numbers = {marker: int(tokenizer.get_vocab()[marker]) for marker in markers}
+    return {numbers[name]: ids for name, ids in pieces.items() if numbers[name] >= num_before}
 
 
 @torch.no_grad()

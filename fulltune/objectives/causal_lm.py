@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fulltune.data.chat import encode_segments, render_conversation
 from fulltune.data.encoding import EncodedExample, content_hash
+from fulltune.data.special_text import refuse_special_text
 from fulltune.data.tasks import ChatExample, Example, TextExample
 from fulltune.errors import DataError, ModelError
 from fulltune.models.evaluation_mode import evaluation_mode
@@ -71,6 +72,7 @@ class CausalLM:
         too_long: what happens to a longer conversation; a longer text is cut into windows that
             overlap by one token, so that each of its tokens but the first is a target exactly once.
         packing: whether the model isolates documents packed into one row.
+        special_tokens: what happens to a message that holds the text of a special token.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -79,6 +81,7 @@ class CausalLM:
     packing: bool = True
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    special_tokens: Literal["error", "text"] = "text"
 
     @property
     def head(self) -> Literal["causal_lm"]:
@@ -93,13 +96,15 @@ class CausalLM:
             objective="causal_lm",
             max_length=self.max_length,
             too_long=self.too_long,
+            special_tokens=self.special_tokens,
         )
 
     def encode(self, example: Example) -> list[EncodedExample]:
         """One encoded conversation, or the windows of a text.
 
         Raises:
-            DataError: a conversation is longer than ``max_length`` and ``too_long`` is "error".
+            DataError: a conversation is longer than ``max_length`` and ``too_long`` is "error", or
+                holds the text of a special token and ``special_tokens`` is "error".
         """
         if isinstance(example, ChatExample):
             return self._encode_chat(example)
@@ -108,6 +113,8 @@ class CausalLM:
         raise TypeError(f"{type(example).__name__} has no next-token targets")
 
     def _encode_chat(self, example: ChatExample) -> list[EncodedExample]:
+        if self.special_tokens == "error":
+            refuse_special_text(self.tokenizer, example.messages, where=example.where)
         segments = render_conversation(self.tokenizer, example.messages, where=example.where)
         input_ids, targets = encode_segments(self.tokenizer, segments)
         if not input_ids:

@@ -107,7 +107,11 @@ def run(
         display.stage("reading and tokenizing the data")
         if data is None:
             folder, config = _run_of(Path(model))
-            objective = build_objective(loaded, too_long=config.task.too_long)
+            objective = build_objective(
+                loaded,
+                too_long=config.task.too_long,
+                special_tokens=config.task.special_tokens,
+            )
             prepared = prepare(objective, config.task, seed=config.seed)
             _require_unchanged(folder, prepared.sources)
             dataset, indices = prepared.dataset, prepared.validation
@@ -120,6 +124,7 @@ def run(
                 train=data,
                 validation=None,
                 columns=columns or loaded.info.get("columns", {}),
+                special_tokens="text",
             )
             dataset, asked = _encode(objective, task, data), EvaluateConfig().num_samples
             indices, named = np.arange(len(dataset)), data

@@ -195,16 +195,23 @@ def check_settings(config: Config, start: Start = FINETUNE) -> str:
 
 
 def _refuse_settings_without_effect(config: Config) -> None:
-    if config.task.validation is None:
-        for name in ("metric", "stop_after"):
-            if getattr(config.evaluate, name) is not None:
-                raise ConfigError(
-                    f"`evaluate.{name}` has no effect with `task.validation: null`",
-                    hint="hold something out, such as `task.validation: 5%`, or leave it out",
-                )
     # Settings with their defaults are those of every run's `config.yaml`, and 0 asks for nothing.
+    default = EvaluateConfig()
     num_samples = config.evaluate.num_samples
-    if config.task.kind != "chat" and num_samples not in (0, EvaluateConfig().num_samples):
+    asks_for_samples = num_samples not in (0, default.num_samples)
+    if config.task.validation is None:
+        fine = {
+            "metric": config.evaluate.metric is None,
+            "stop_after": config.evaluate.stop_after is None,
+            "every": config.evaluate.every == default.every or bool(config.evaluate.retention),
+            "num_samples": not asks_for_samples or config.task.kind != "chat",
+        }
+        if name := next((name for name, is_fine in fine.items() if not is_fine), None):
+            raise ConfigError(
+                f"`evaluate.{name}` has no effect with `task.validation: null`",
+                hint="hold something out, such as `task.validation: 5%`, or leave it out",
+            )
+    if config.task.kind != "chat" and asks_for_samples:
         raise ConfigError(
             f"`evaluate.num_samples` has no effect with `task.kind: {config.task.kind}`, which "
             "answers no prompts",

@@ -263,6 +263,7 @@ def _manifest(trainer: Trainer, ending: Ending, change: list[dict[str, Any]]) ->
         "duration_seconds": trainer.seconds(),
         "num_parameters": trainer.num_parameters,
         "num_trained_parameters": trainer.num_trained,
+        "new_tokens": trainer.new_tokens,
         "memory": {
             "predicted_bytes": trainer.plan.predicted_bytes,
             "peak_bytes": peak_memory_bytes(trainer.runtime.device),

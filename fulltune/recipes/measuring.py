@@ -11,7 +11,6 @@ from fulltune.evaluate.evaluator import (
     evaluate_retention,
     sample_answers,
 )
-from fulltune.recipes.prepare import first_conversations
 from fulltune.recipes.resume import save_best
 from fulltune.train.ranks import from_main_rank, on_main_rank
 from fulltune.train.run_folder import write_atomically, write_errors
@@ -84,12 +83,7 @@ def sample(trainer: Trainer, step: int, model: PreTrainedModel) -> None:
     samples = sample_answers(
         model,
         trainer.base.tokenizer,
-        first_conversations(
-            trainer.config.task,
-            trainer.prepared.dataset,
-            trainer.prepared.validation,
-            num_samples=count,
-        ),
+        trainer.conversations,
         num_samples=count,
     )
     lines = [{"step": step, **sample.as_json()} for sample in samples]

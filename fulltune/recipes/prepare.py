@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,11 @@ from fulltune.data.splits import Source, Split, Splittable, parse_validation, sp
 from fulltune.data.tasks import ChatExample, Example, TaskConfig
 from fulltune.data.unknown_tokens import unknown_token_id
 from fulltune.errors import ConfigError, DataError, ModelError
-from fulltune.models.chat_template import set_chat_template
+from fulltune.models.chat_template import CHAT_TEMPLATES, set_chat_template
 from fulltune.models.families import family_of
 from fulltune.models.loading import context_length, load_model_config, load_tokenizer
 from fulltune.models.sources import resolve_model
+from fulltune.models.vocabulary import add_markers
 from fulltune.objectives.base import Objective
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification
@@ -48,6 +49,9 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     source: Path | None = None
     """The model that ``path`` was converted from, where it was."""
+    new_tokens: dict[int, list[int]] = field(default_factory=dict)
+    """Tokens that the chat template needs and the model lacks: their ids -> the ids of the pieces
+    that stood for them, as whose mean their embeddings begin."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,12 @@ def open_base(model: str, task: TaskConfig) -> Base:
     path = resolve_model(model)
     config = load_model_config(path)
     tokenizer = load_tokenizer(path)
+    new_tokens: dict[int, list[int]] = {}
     if task.template is not None:
         set_chat_template(tokenizer, task.template)
-    return Base(path, config, tokenizer)
+        if task.template in CHAT_TEMPLATES:
+            new_tokens = add_markers(tokenizer)
+    return Base(path, config, tokenizer, new_tokens=new_tokens)
 
 
 def check_task(task: TaskConfig) -> None:
@@ -109,6 +116,11 @@ def check_task(task: TaskConfig) -> None:
             raise ConfigError(
                 f"`task.{name}` has no effect with `task.kind: {task.kind}`", hint="leave it out"
             )
+    if task.kind != "chat" and task.special_tokens != "error":
+        raise ConfigError(
+            f"`task.special_tokens` has no effect with `task.kind: {task.kind}`",
+            hint="leave it out",
+        )
     if task.kind == "text" and task.too_long != "error":
         raise ConfigError(
             "`task.too_long` has no effect with `task.kind: text`, whose documents are cut into "
@@ -174,6 +186,7 @@ def make_objective(
         packing=family.can_pack,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        special_tokens=task.special_tokens,
     )
 
 
@@ -311,7 +324,10 @@ def _check_labels(labels: Sequence[str], dataset: JoinedDataset) -> None:
 def find_examples(
     task: TaskConfig, wheres: Collection[str], *, include_validation: bool = True
 ) -> dict[str, Example]:
-    """Read the rows at some places again, as examples before tokens."""
+    """Read the rows at some places again, as examples before tokens.
+
+    A source that none of them lies in is not opened, and reading ends with the last of them.
+    """
     wanted = set(wheres)
     sources = [task.train] if isinstance(task.train, str) else list(task.train)
     if include_validation and task.validation is not None:
@@ -320,13 +336,16 @@ def find_examples(
             sources.append(validation.source)
     found: dict[str, Example] = {}
     for source in sources:
-        if len(found) == len(wanted):
-            break
+        # The name of each of its files begins with the name of the source.
+        inside = {where for where in wanted - found.keys() if where.startswith(source.rstrip("/"))}
+        if not inside:
+            continue
         record_format = recognise_format(list(read_records(source, limit=ROWS_LOOKED_AT)), task)
         for record in read_records(source):
-            if record.where in wanted:
+            if record.where in inside:
                 found[record.where] = make_example(record, record_format, kind=task.kind)
-                if len(found) == len(wanted):
+                inside.remove(record.where)
+                if not inside:
                     break
     return found
 

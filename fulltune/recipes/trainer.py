@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from fulltune.data.loader import Loader, StepPlan, num_steps, prefetch
+from fulltune.data.tasks import ChatExample
 from fulltune.errors import ConfigError
 from fulltune.evaluate.evaluator import BestTracker, Retention
 from fulltune.memory.plan import MemoryPlan, plan_memory
@@ -21,13 +22,14 @@ from fulltune.models.flops import count_flops
 from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import load_model
 from fulltune.models.scope import freeze, require_own_weights
+from fulltune.models.vocabulary import grow_embeddings
 from fulltune.objectives.causal_lm import require_plain_head
 from fulltune.objectives.noise import noise_seed
 from fulltune.objectives.span_corruption import require_plain_decoder_head
 from fulltune.optim.master_weights import MasterWeights
 from fulltune.optim.optimizers import Optimizer, group_parameters
 from fulltune.recipes.measuring import evaluate, sample
-from fulltune.recipes.prepare import Base, Prepared
+from fulltune.recipes.prepare import Base, Prepared, first_conversations
 from fulltune.recipes.resume import restore, save
 from fulltune.runtime import (
     PrecisionChoice,
@@ -136,6 +138,16 @@ class Trainer:
             digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    @cached_property
+    def conversations(self) -> list[ChatExample]:
+        """Held-out conversations whose prompts are answered before and after training."""
+        return first_conversations(
+            self.config.task,
+            self.prepared.dataset,
+            self.prepared.validation,
+            num_samples=self.config.evaluate.num_samples,
+        )
+
     # -- before the first step ---------------------------------------------------------------------
 
     def load_base(self) -> PreTrainedModel:
@@ -151,6 +163,8 @@ class Trainer:
             dropout=self.config.dropout,
             seed=self.config.seed,
         )
+        if self.base.new_tokens:
+            grow_embeddings(model, self.base.new_tokens)
         torch.nn.Module.to(model, self.runtime.device)  # in place
         if self.objective.head == "causal_lm":
             require_plain_head(model)
@@ -252,7 +266,15 @@ class Trainer:
             micro_batch_tokens=self.plan.micro_batch_tokens,
             predicted_memory_bytes=self.plan.predicted_bytes,
             kernels=self.kernels,
+            new_tokens=self.new_tokens,
         )
+        if self.new_tokens:
+            self.display.notice(
+                f"`task.template: {self.config.task.template}` writes "
+                f"{' and '.join(f'`{token}`' for token in self.new_tokens)}, which the model does "
+                "not have: they are new tokens, whose embeddings begin as the mean of the pieces "
+                "that spelled them"
+            )
         share = self.num_trained / self.num_parameters
         self.display.notice(
             f"training {self.num_trained:,} of {self.num_parameters:,} parameters ({share:.0%}), "
@@ -361,6 +383,11 @@ class Trainer:
             f"{named}; the last checkpoint is intact. Look at these rows with `fulltune preview`, "
             "or lower `optimizer.lr`"
         )
+
+    @property
+    def new_tokens(self) -> list[str]:
+        """The tokens that the chat template added to the model."""
+        return [str(self.base.tokenizer.convert_ids_to_tokens(i)) for i in self.base.new_tokens]
 
     def seconds(self) -> float:
         """Seconds of training so far, those before a resume included."""

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from fulltune.data.preview_facts import Finding, PreviewFacts
 from fulltune.data.tasks import TASKS
 from fulltune.errors import DataError, RunFolderError
-from fulltune.tracking import format_bytes, read_metrics, show_answer
+from fulltune.tracking import format_bytes, read_metrics, restore_numbers, show_answer
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def read_run(folder: Path) -> RunRecord:
         name=folder.resolve().name,
         events=tuple(events),
         config=_read_mapping(folder / "config.yaml"),
-        manifest=_read_mapping(folder / "manifest.json"),
+        manifest=restore_numbers(_read_mapping(folder / "manifest.json")),
         data=_read_data(folder / "data.json"),
         samples=_pair_samples(_read_samples(folder, events)),
         predictions=_read_mapping(folder / "predictions" / "evaluation.json"),

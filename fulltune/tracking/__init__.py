@@ -11,6 +11,7 @@ from fulltune.tracking.display import (
     make_display,
     stderr_console,
 )
+from fulltune.tracking.json_text import restore_numbers, to_json_text
 from fulltune.tracking.log import MetricsLog, read_metrics
 from fulltune.tracking.numbers import (
     format_bytes,
@@ -39,6 +40,8 @@ __all__ = [
     "name_of",
     "printable",
     "read_metrics",
+    "restore_numbers",
     "show_answer",
     "stderr_console",
+    "to_json_text",
 ]

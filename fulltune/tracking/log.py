@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.errors import DataError, RunFolderError
+from fulltune.tracking.json_text import NOT_FINITE, NOT_FINITE_KEY, name_not_finite
 
-# JSON has no NaN. Such values are written as strings, and the key below names the fields that hold
-# one, so that an answer that happens to read "NaN" is still read back as text.
-_NOT_FINITE_KEY = "not_finite"
 # Written after the last checkpoint, and with its step.
 _OF_THE_END = ("sample", "weight_change", "result", "end")
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsLog:
@@ -121,7 +118,7 @@ def _encode_event(event: Mapping[str, Any]) -> bytes:
     for key, value in event.items():
         encoded[key] = _encode_value(value, key, not_finite)
     if not_finite:
-        encoded[_NOT_FINITE_KEY] = sorted(set(not_finite))
+        encoded[NOT_FINITE_KEY] = sorted(set(not_finite))
     text = json.dumps(encoded, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "replace") + b"\n"
 
@@ -133,7 +130,7 @@ def _encode_value(value: Any, key: str, not_finite: list[str]) -> Any:
         if math.isfinite(value):
             return float(value)
         not_finite.append(key)
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return name_not_finite(value)
     if isinstance(value, Mapping):
         return {str(name): _encode_value(item, key, not_finite) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -152,14 +149,14 @@ def _decode_event(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return None
-    for key in event.pop(_NOT_FINITE_KEY, ()):
+    for key in event.pop(NOT_FINITE_KEY, ()):
         event[key] = _decode_value(event[key])
     return event
 
 
 def _decode_value(value: Any) -> Any:
     if isinstance(value, str):
-        return _NOT_FINITE.get(value, value)
+        return NOT_FINITE.get(value, value)
     if isinstance(value, dict):
         return {name: _decode_value(item) for name, item in value.items()}
     if isinstance(value, list):

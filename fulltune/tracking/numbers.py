@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fulltune.tracking.json_text import name_not_finite
+
 
 def show_answer(sample: Mapping[str, Any]) -> str:
     """The answer of a sample, with a mark where the longest length cut it off."""
@@ -45,7 +47,7 @@ def format_number(value: float) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return name_not_finite(value)
     if value == 0:
         return "0"
     magnitude = abs(value)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from fulltune.config import Settings, build_config, differing_keys, dump_config, read_yaml
 from fulltune.errors import ConfigError, FulltuneError, RunFolderError
+from fulltune.tracking import restore_numbers, to_json_text
 
 S = TypeVar("S", bound=Settings)
 
@@ -224,8 +225,7 @@ def _is_leftover(path: Path) -> bool:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write `manifest.json`: where everything in the run came from, and what came out."""
-    text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str)
-    write_atomically(folder / MANIFEST, text)
+    write_atomically(folder / MANIFEST, to_json_text(manifest, indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -234,10 +234,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunFolderError(f"`{path}` cannot be read: {error}") from None
-    return manifest
+        return restore_numbers(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RunFolderError(
+            f"`{path}` cannot be read: {error}",
+            hint="the file was changed after the run wrote it; restore it",
+        ) from None
 
 
 def is_finished(folder: Path) -> bool:

@@ -367,7 +367,7 @@ def test_a_cache_that_cannot_be_written_is_a_data_error(
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(DataError, match="Not a directory") as caught:
         encoded(path, tmp_path / "file" / "cache")
-    assert caught.value.hint == "name a cache folder that can be written"
+    assert caught.value.hint == "name a folder that can be written as `FULLTUNE_CACHE`"
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -185,6 +185,12 @@ def test_an_empty_system_or_tool_turn_is_allowed() -> None:
         (
             conversation(USER, {"role": "asistant", "content": "x"}),
             "turn 2 of `messages` has the unknown role `asistant`",
+            "did you mean `assistant`? possible are `system`, `developer`, `user`, `assistant`, "
+            "`tool`",
+        ),
+        (
+            conversation(USER, {"role": "narrator", "content": "x"}),
+            "turn 2 of `messages` has the unknown role `narrator`",
             "possible are `system`, `developer`, `user`, `assistant`, `tool`",
         ),
         (

@@ -282,13 +282,14 @@ def test_repeated_rows_of_one_label_do_not_contradict() -> None:
     assert facts.splits[0].labels.highest_accuracy == 1
 
 
-def test_a_label_that_training_lacks_is_an_error() -> None:
+def test_a_label_that_training_lacks_is_an_error_with_its_first_row() -> None:
     rows = [class_row(0, "a"), class_row(1, "b"), class_row(2, "A"), class_row(3, "a")]
 
     findings = check(facts_of(rows, kind="classification", num_held_out=2))
 
     assert only(findings, "labels that").level == "error"
     assert only(findings, "labels that").message.endswith("`train` does not: `A`")
+    assert only(findings, "labels that").where == (rows[2]["where"],)
     assert only(findings, "no example of").level == "note"
 
 

@@ -195,6 +195,32 @@ def test_a_folder_is_all_its_data_files_in_order(tmp_path: Path) -> None:
     ]
 
 
+def test_a_linked_folder_is_read_as_one_that_stands_there(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    (data / "sub").mkdir(parents=True)
+    (elsewhere / "deep").mkdir(parents=True)
+    written(data / "a.jsonl", '{"n": 1}')
+    written(elsewhere / "deep" / "b.jsonl", '{"n": 2}')
+    (data / "link").symlink_to(elsewhere)
+    assert [record.where for record in read_records(str(data))] == [
+        f"{data}/a.jsonl:1",
+        f"{data}/link/deep/b.jsonl:1",
+    ]
+    before = source_fingerprint(str(data))
+    written(elsewhere / "deep" / "b.jsonl", '{"n": 3}')
+    assert source_fingerprint(str(data)) != before
+
+
+def test_links_in_a_circle_and_links_to_what_is_there_give_each_row_once(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    written(tmp_path / "sub" / "a.jsonl", '{"n": 1}')
+    (tmp_path / "sub" / "up").symlink_to(tmp_path)
+    (tmp_path / "sub" / "self").symlink_to(tmp_path / "sub" / "self")
+    (tmp_path / "again").symlink_to(tmp_path / "sub")
+    (tmp_path / "broken").symlink_to(tmp_path / "lost")
+    assert [record.where for record in read_records(str(tmp_path))] == [f"{tmp_path}/sub/a.jsonl:1"]
+
+
 def test_a_folder_of_texts_is_a_corpus(tmp_path: Path) -> None:
     written(tmp_path / "b.txt", "two")
     written(tmp_path / "a.md", "one")

@@ -41,6 +41,8 @@ def examples(inputs: list[int], kind: TaskKind = "chat") -> Examples:
         ("500 examples", CountOfTrain(500)),
         ("1 example", CountOfTrain(1)),
         ("10_000 examples", CountOfTrain(10_000)),
+        ("1,000 examples", CountOfTrain(1_000)),
+        ("12,345,678 examples", CountOfTrain(12_345_678)),
         ("data/validation.jsonl", Source("data/validation.jsonl")),
         ("hub:owner/name:validation", Source("hub:owner/name:validation")),
         ("5%.jsonl", Source("5%.jsonl")),
@@ -55,6 +57,16 @@ def test_a_validation_setting_that_says_nothing_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"`task\.validation` is `") as caught:
         parse_validation(text)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "text", ["1,5 examples", "1,50 examples", "0,500 examples", "1,0000 examples", "0,5%", "1,000%"]
+)
+def test_a_comma_that_does_not_part_thousands_is_no_number_of_examples(text: str) -> None:
+    with pytest.raises(ConfigError, match="a comma only parts thousands") as caught:
+        parse_validation(text)
+    assert text in str(caught.value)
+    assert "`500 examples`" in str(caught.value.hint)
 
 
 @given(

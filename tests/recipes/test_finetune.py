@@ -85,7 +85,7 @@ def test_every_task_overfits_eight_examples_on_every_family(
         tmp_path / "run", request.getfixturevalue(model), few, kind,
         task={"kind": kind, "train": str(few), "validation": None},
         duration="80 steps", optimizer={"lr": 1e-2, "schedule": "constant"}, precision=precision,
-        dropout=0.0, save_every="1000 steps",
+        dropout=0.0, save_every="1000 steps", evaluate={},
     )  # fmt: skip
     result = finetune.run(config)
     assert result.ending == "finished"
@@ -383,6 +383,9 @@ def test_retention_is_measured_on_a_text_of_its_own(
         ({"device": "cuda:7"}, "that GPU is not there"),
         ({"evaluate": {"metric": "acuracy"}}, "acuracy"),
         ({"task.validation": None, "evaluate": {"stop_after": 2}}, "`evaluate.stop_after` has no"),
+        ({"task.validation": None, "evaluate": {"metric": "loss"}}, "`evaluate.metric` has no"),
+        ({"task.validation": None, "evaluate": {"every": "2 steps"}}, "`evaluate.every` has no"),
+        ({"task.validation": None, "evaluate": {"num_samples": 1}}, "`evaluate.num_samples` has"),
         (
             {"task.kind": "text", "task.too_long": "drop", "evaluate": {"num_samples": 0}},
             "`task.too_long` has no effect",

@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_its_row(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = make_config(
         tmp_path / "run", model, data, batch="16 examples",
-        task={"kind": "chat", "train": str(data), "validation": None},
+        task={"kind": "chat", "train": str(data), "validation": None}, evaluate={},
     )  # fmt: skip
     code, printed = finetune_on_two_ranks(write_config(config, tmp_path / "run.yaml"))
     assert code != 0
