@@ -28,10 +28,6 @@ class Amount:
         """Count what another counted."""
         self.add(other.documents, other.characters, other.bytes)
 
-    def add_text(self, text: str) -> None:
-        """Count one document."""
-        self.add(1, len(text), len(text.encode()))
-
 
 def _count(counts: dict[str, int], more: Mapping[str, int]) -> None:
     for name, number in more.items():
@@ -61,6 +57,29 @@ class Removed:
 
 
 @dataclass
+class FileCount:
+    """How many documents of a file are no text."""
+
+    documents: int = 0
+    binary: int = 0
+    first: tuple[str, str] = ("", "")
+    """What is said of the first of them, and what to do."""
+
+    def add(self, message: str | None, hint: str = "") -> None:
+        """Count one document, with what is said of it if it is no text."""
+        self.documents += 1
+        if message is not None:
+            self.first = self.first if self.binary else (message, hint)
+            self.binary += 1
+
+    def merge(self, other: FileCount) -> None:
+        """Count what was counted in a later chunk."""
+        self.documents += other.documents
+        self.first = self.first if self.binary else other.first
+        self.binary += other.binary
+
+
+@dataclass
 class Tally:
     """What was read, changed and removed before documents are compared with each other."""
 
@@ -70,8 +89,11 @@ class Tally:
     cleaned_away: Amount = field(default_factory=Amount)
     """Characters and bytes that cleaning took from documents."""
     changed_examples: list[str] = field(default_factory=list)
+    binary: Removed = field(default_factory=Removed)
     length: Removed = field(default_factory=Removed)
     language: Removed = field(default_factory=Removed)
+    files: dict[str, FileCount] = field(default_factory=dict)
+    """Those that documents were read from, in order."""
 
     def add_change(
         self, changes: Sequence[str], characters: int, num_bytes: int, where: str
@@ -91,8 +113,11 @@ class Tally:
         _count(self.changes, other.changes)
         self.cleaned_away.merge(other.cleaned_away)
         self.changed_examples = (self.changed_examples + other.changed_examples)[:NUM_EXAMPLES]
+        self.binary.merge(other.binary)
         self.length.merge(other.length)
         self.language.merge(other.language)
+        for name, count in other.files.items():
+            self.files.setdefault(name, FileCount()).merge(count)
 
     def to_json(self) -> str:
         """For `from_json`."""
@@ -113,6 +138,11 @@ class Tally:
             values["changes"],
             Amount(**values["cleaned_away"]),
             values["changed_examples"],
+            removed("binary"),
             removed("length"),
             removed("language"),
+            {
+                name: FileCount(count["documents"], count["binary"], tuple(count["first"]))
+                for name, count in values["files"].items()
+            },
         )

@@ -163,6 +163,8 @@ def _run(config: Config, folder: Path, plan: dict[str, Any], display: Display) -
         progress=lambda done: display.progress("documents", done, None),
     )
     _check_something_passed(config, tally)
+    if tally.binary.examples:
+        display.notice(_binary_notice(tally.binary))
     display.stage("looking for duplicates")
     documents = gather(config, working, num_chunks)
     decisions = decide(
@@ -192,15 +194,25 @@ def _check_something_passed(config: Config, tally: Tally) -> None:
     if not read.documents:
         names = ", ".join(f"`{source}`" for source in config.source_list)
         raise DataError(f"{names} hold no document", hint="were the files written completely?")
-    removed = tally.length.amount.documents + tally.language.amount.documents
-    if removed == read.documents:
-        reasons = {**tally.length.reasons, **tally.language.reasons}
+    filters = (tally.binary, tally.length, tally.language)
+    if sum(each.amount.documents for each in filters) == read.documents:
+        reasons = {reason: count for each in filters for reason, count in each.reasons.items()}
         raise DataError(
             f"nothing is left of the {read.documents:,} documents: "
             + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()),
             hint="loosen `length` or `languages`, or look at "
-            f"{(tally.length.examples + tally.language.examples)[0]}",
+            f"{next(where for each in filters for where in each.examples)}",
         )
+
+
+def _binary_notice(binary: Removed) -> str:
+    count = binary.amount.documents
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(binary.reasons.items()))
+    return (
+        f"warning: {count:,} {'document is' if count == 1 else 'documents are'} no text and left "
+        f"out ({reasons}): {', '.join(binary.examples)}"
+        + (" ..." if count > len(binary.examples) else "")
+    )
 
 
 # The folder
@@ -366,13 +378,9 @@ def _make_manifest(
 
 def _list_stages(config: Config, tally: Tally, written: Written) -> list[Stage]:
     left = _sum(tally.read.values()).documents
-    stages = [
-        Stage(
-            "cleaning", left, tally.cleaned_away, dict(sorted(tally.changes.items())),
-            tally.changed_examples, tally.changed,
-        )
-    ]  # fmt: skip
+    stages = []
     steps: Sequence[tuple[str, bool, Removed]] = (
+        ("binary", config.binary == "drop", tally.binary),
         ("length", True, tally.length),
         ("language", config.languages is not None, tally.language),
         (EXACT, config.exact_duplicates, written.removed[EXACT]),
@@ -384,6 +392,14 @@ def _list_stages(config: Config, tally: Tally, written: Written) -> list[Stage]:
             reasons = dict(sorted(removed.reasons.items()))
             stages.append(Stage(name, left, removed.amount, reasons, removed.examples))
             left -= removed.amount.documents
+        if name == "binary":  # what it leaves is cleaned, and then filtered
+            changes = dict(sorted(tally.changes.items()))
+            stages.append(
+                Stage(
+                    "cleaning", left, tally.cleaned_away, changes, tally.changed_examples,
+                    tally.changed,
+                )
+            )  # fmt: skip
     return stages
 
 
