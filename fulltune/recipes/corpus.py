@@ -95,7 +95,8 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
     _check_settings(config)
     _check_folder(folder, config, resume=resume)
     if (folder / MANIFEST).exists():
-        return Result(folder, _read_manifest(folder), already_finished=True)
+        with display or make_display(title=str(folder)) as shown:
+            return _finished_before(folder, shown)
     for source in (*config.source_list, *config.decontaminate.against):
         check_source(source)
     with display or make_display(title=str(folder)) as shown:
@@ -110,6 +111,30 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
             except DataError:
                 _remove_if_nothing_is_done(folder)
                 raise
+
+
+def _finished_before(folder: Path, display: Display) -> Result:
+    """A corpus that is whole, unless a source has changed since; one that is gone is said."""
+    manifest = _read_manifest(folder)
+    display.stage("hashing the sources")
+    for part in (*manifest["sources"], *manifest["evaluation"]):
+        source = part["source"]
+        try:
+            check_source(source)
+            fingerprint = source_fingerprint(source)
+        except FulltuneError as error:
+            display.notice(
+                f"warning: whether `{source}` has changed since the corpus was made is not known: "
+                f"{error}"
+            )
+            continue
+        if fingerprint != part["fingerprint"]:
+            raise RunFolderError(
+                f"`{source}` has changed since the corpus in `{folder}` was made, which is "
+                "finished and does not hold the change",
+                hint="give `output` another name to make a corpus of it as it is now",
+            )
+    return Result(folder, manifest, already_finished=True)
 
 
 def _check_settings(config: Config) -> None:

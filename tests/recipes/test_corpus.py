@@ -215,6 +215,35 @@ def test_no_other_folder_is_written_into(here: Path) -> None:
     assert os.listdir("mine") == ["notes.txt"]
 
 
+def test_a_finished_corpus_is_not_taken_for_one_of_sources_that_changed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("raw").mkdir()
+    write_rows("raw/a.jsonl", make_texts(20))
+    write_rows("evaluation.jsonl", [" ".join(WORDS)])
+    config = make_config(sources="raw", decontaminate={"against": ["evaluation.jsonl"]})
+    corpus.run(config)
+    assert corpus.run(config, resume=True).already_finished
+    write_rows("raw/b.jsonl", make_texts(2, seed=1))  # another file
+    with pytest.raises(RunFolderError, match="`raw` has changed since the corpus in `out`"):
+        corpus.run(config, resume=True)
+    Path("raw/b.jsonl").unlink()
+    write_rows("raw/a.jsonl", make_texts(20, seed=1))  # as large, with other content
+    with pytest.raises(RunFolderError, match="`raw` has changed"):
+        corpus.run(config, resume=True)
+    write_rows("raw/a.jsonl", make_texts(20))
+    write_rows("evaluation.jsonl", [" ".join(WORDS[::-1])])
+    with pytest.raises(RunFolderError, match=r"`evaluation\.jsonl` has changed"):
+        corpus.run(config, resume=True)
+    write_rows("evaluation.jsonl", [" ".join(WORDS)])
+    Path("raw/a.jsonl").unlink()  # raw text may be deleted once it is prepared
+    capsys.readouterr()
+    assert corpus.run(config, resume=True).already_finished
+    assert "whether `raw` has changed since the corpus was made is not known" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_source_that_changed_is_not_mixed_with_finished_chunks() -> None:
     write_rows("raw.jsonl", [*make_texts(5000), "bad \x00\x00\x00\x00"])
     with pytest.raises(DataError, match=r"raw\.jsonl:5001: .* this is no text"):
