@@ -51,7 +51,8 @@ class TokenizerConfig(Settings):
     """Share of the documents that is measured on, not trained on; their hash says which ones."""
     character_coverage: Annotated[float, Field(gt=0.9, le=1.0)] = 1.0
     """WordPiece and unigram: share of the text's characters that pieces are made of; the rarest
-    ones beyond it are unknown, as is usual for Chinese or Japanese (0.9995)."""
+    ones beyond it are unknown, as is usual for Chinese or Japanese (0.9995). WordPiece reads a word
+    with such a character as unknown (each Chinese character is a word), unigram the character."""
 
 
 @dataclass(frozen=True)
