@@ -60,8 +60,9 @@ class SpanConfig(Settings):
     mixture: Literal["t5", "ul2"] = "t5"
     """`t5` is one kind of noise; `ul2` is seven, one drawn for each example and told by a mode
     token where the tokenizer has `[NLU]`, `[NLG]` and `[S2S]`."""
-    noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """`t5`: share of the tokens that is noise."""
+    noise_density: Annotated[float, Field(gt=0, le=0.9)] = 0.15
+    """`t5`: share of the tokens that is noise. A window is as much text as fills the inputs once
+    the noise is out: at 0.9 already ten times `objective.length`."""
     mean_length: Annotated[float, Field(ge=1)] = 3.0
     """`t5`: tokens of a span of noise, on average."""
 

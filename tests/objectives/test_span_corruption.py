@@ -19,8 +19,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from fulltune.config import build_config
 from fulltune.data.tasks import TextExample
-from fulltune.errors import DataError, ModelError
+from fulltune.errors import ConfigError, DataError, ModelError
 from fulltune.objectives.span_corruption import (
     SpanConfig,
     SpanCorruption,
@@ -288,3 +289,12 @@ def test_eight_texts_are_learned_by_heart() -> None:
     model = make_model(d_model=64, d_kv=16, d_ff=128, feed_forward_proj="gated-gelu")
     batch = objective.collate(examples)
     learn_by_heart(objective, model, batch, steps=150, lr=3e-3, weight_decay=0.0)
+
+
+def test_noise_leaves_enough_text_for_windows_to_end() -> None:
+    """A window is text until what is kept of it fills the inputs."""
+    with pytest.raises(ConfigError, match=r"`noise_density` .* at most 0\.9"):
+        build_config(SpanConfig, {"noise_density": 0.999})
+    spans = SpanConfig(noise_density=0.9, mean_length=64)
+    objective = SpanCorruption(make_tokenizer(), 512, spans)
+    assert objective.window_tokens == 4390  # not 5,110: a sentinel stands for each span
