@@ -115,7 +115,8 @@ class Kind:
     """Settings of `ObjectiveConfig` that have an effect."""
     needs: str | None = None
     """The field of `Family` that a model without the head has empty."""
-    metrics: tuple[str, ...] = ("masked_accuracy",)
+    metrics: tuple[str, ...] = ("target_accuracy",)
+    """What is measured besides the loss and its perplexity."""
 
 
 def _causal_lm(
@@ -151,7 +152,14 @@ def _permutation_lm(
 
 OBJECTIVES: dict[str, Kind] = {
     "causal_lm": Kind("causal_lm", ("gpt",), _causal_lm, ("stream", "fim_rate"), metrics=()),
-    "masked_lm": Kind("masked_lm", ("bert",), _masked_lm, ("masking",), needs="predict_masked"),
+    "masked_lm": Kind(
+        "masked_lm",
+        ("bert",),
+        _masked_lm,
+        ("masking",),
+        needs="predict_masked",
+        metrics=("masked_accuracy",),
+    ),
     "sentence_pairs": Kind(
         "sentence_order",
         ("bert",),
@@ -211,7 +219,7 @@ def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, Pret
         base = _open_trained(config)
         if config.convert_to is not None:
             base = _converted(base, config.seed)
-        kind = _kind_for(chosen, family_of(base.config), base.config.model_type)
+        kind = _kind_for(config, family_of(base.config), base.config.model_type)
     else:
         if config.convert_to is not None:
             raise ConfigError(
@@ -226,7 +234,7 @@ def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, Pret
         path = tokenizer_folder(config.tokenizer)
         tokenizer = load_tokenizer(path)
         new = make_config(config.model, tokenizer, config.architecture)
-        kind = _kind_for(chosen, family_of(new), new.model_type)
+        kind = _kind_for(config, family_of(new), new.model_type)
         if with_weights:
             path = make_model(new, tokenizer, head=kind.head, seed=config.seed)
         base = Base(path, new, tokenizer)
@@ -290,7 +298,8 @@ def _converted(bert: Base, seed: int) -> Base:
     return Base(path, load_model_config(path), load_tokenizer(path), source=bert.path)
 
 
-def _kind_for(chosen: ObjectiveConfig, family: Family, model_type: str) -> Kind:
+def _kind_for(config: Config, family: Family, model_type: str) -> Kind:
+    chosen, metric = config.objective, config.evaluate.metric
     possible = objectives_of(family)
     name: str = chosen.name or next(iter(possible))
     if name not in possible:
@@ -301,6 +310,13 @@ def _kind_for(chosen: ObjectiveConfig, family: Family, model_type: str) -> Kind:
             hint=f"it can do {', '.join(f'`{each}`' for each in possible)}{also}",
         )
     kind = possible[name]
+    others = {metric for other in OBJECTIVES.values() for metric in other.metrics}
+    if metric in others - set(kind.metrics):
+        measured = ("loss", "perplexity", *kind.metrics)
+        raise ConfigError(
+            f"`evaluate.metric` is `{metric}`, which `objective.name: {name}` does not measure",
+            hint=f"it measures {', '.join(f'`{each}`' for each in measured)}",
+        )
     for key, field in ObjectiveConfig.model_fields.items():
         unused = key not in ("name", "length", *kind.settings)
         if unused and getattr(chosen, key) != field.default:
