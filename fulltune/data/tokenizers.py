@@ -25,7 +25,7 @@ from fulltune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 TokenizerFamily: TypeAlias = Literal["gpt", "bert", "xlnet", "t5"]
 Algorithm: TypeAlias = Literal["bpe", "wordpiece", "unigram", "characters"]
@@ -218,6 +218,23 @@ def _add_post_processor(backend: Tokenizer, family: TokenizerFamily, algorithm: 
         )
     elif algorithm == "bpe":
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
+
+
+def readable_piece(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
+    """A piece as the text it stands for, its space included; of part of a character, the bytes.
+
+    Byte-level BPE has letters for bytes (`Ġ` is a space, `ä¸Ń` is 中), SentencePiece writes a space
+    as `▁`. A piece that goes on with a word keeps WordPiece's `##`.
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    name = str(tokenizer.convert_ids_to_tokens(number))
+    if number in tokenizer.added_tokens_decoder:
+        return name
+    if "ByteLevel" not in str(tokenizer.backend_tokenizer.decoder):
+        return name.replace("▁", " ")
+    bytes_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    return bytes(bytes_of[letter] for letter in name).decode("utf-8", "backslashreplace")
 
 
 def check_output(folder: Path) -> None:
