@@ -20,7 +20,13 @@ from fulltune.data.sentence_pairs import SentencePairsConfig
 from fulltune.data.unknown_tokens import unknown_token_id
 from fulltune.errors import AssetError, ConfigError, ModelError, near_names
 from fulltune.models.families import Family, family_of
-from fulltune.models.loading import Head, context_length, load_model_config, load_tokenizer
+from fulltune.models.loading import (
+    UNLIMITED_CONTEXT,
+    Head,
+    context_length,
+    load_model_config,
+    load_tokenizer,
+)
 from fulltune.models.presets import PRESETS, is_new_model, make_config, make_model
 from fulltune.models.sources import resolve_model
 from fulltune.models.warm_start import converted_xlnet
@@ -240,7 +246,7 @@ def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, Pret
         base = Base(path, new, tokenizer)
     context = context_length(base.config)
     length = chosen.length or min(context, DEFAULT_LENGTH)
-    if length > context:
+    if length > context and context < UNLIMITED_CONTEXT:
         raise ConfigError(
             f"`objective.length` is {length:,}, but the model's context is {context:,} tokens",
             hint=f"give at most {context}",
