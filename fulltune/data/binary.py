@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 from fulltune.data.cleaning import CONTROL
 from fulltune.data.utf8 import guess_encoding, how_to_convert
+from fulltune.errors import DataError
 
 JUNK_SHARE = 0.1
 """A document with more control characters than this is no text."""
 ESCAPE_BYTES = "surrogateescape"
+ENOUGH_DOCUMENTS = 1000
+"""Of a file that is no text so many documents are looked at, and not all of its gigabytes."""
 UNREADABLE = "\0unreadable"
 """The only field of a row that is no text and cannot be cut into fields: all of it as it stands."""
 
@@ -93,3 +96,57 @@ def is_binary_row(text: str) -> bool:
 def num_bytes_of(text: str) -> int:
     """Bytes of a text in UTF-8, also where it is none: half a character counts as one byte."""
     return len(text.encode("utf-8", "replace"))
+
+
+# Files
+
+
+@dataclass
+class FileCount:
+    """How many documents of a file are no text."""
+
+    documents: int = 0
+    binary: int = 0
+    first: tuple[str, str] = ("", "")
+    """What is said of the first of them, and what to do."""
+
+    def add(self, message: str | None, hint: str = "") -> None:
+        """Count one document, with what is said of it if it is no text."""
+        self.documents += 1
+        if message is not None:
+            self.first = self.first if self.binary else (message, hint)
+            self.binary += 1
+
+    def merge(self, other: FileCount) -> None:
+        """Count what was counted in a later chunk."""
+        self.documents += other.documents
+        self.first = self.first if self.binary else other.first
+        self.binary += other.binary
+
+
+def check_files(files: dict[str, FileCount], *, all_ended: bool = False) -> None:
+    """Refuse a file most of whose documents are no text; others that have ended are forgotten.
+
+    Args:
+        files: in the order they are read; of the last one more may follow.
+        all_ended: nothing follows.
+
+    Raises:
+        DataError: more than half of a file's documents, all or the first ones, are no text.
+    """
+    for number, (name, count) in enumerate(list(files.items()), start=1):
+        has_ended = all_ended or number < len(files)
+        if 2 * count.binary > count.documents and (
+            has_ended or count.documents >= ENOUGH_DOCUMENTS
+        ):
+            message, hint = count.first
+            which = "" if has_ended else "first "
+            share = f"{count.binary:,} of the {which}{count.documents:,}"
+            if count.binary == count.documents:
+                share = f"all of the {which}{count.documents:,}"
+            if count.documents > 1:
+                message = f"{share} documents of `{name}` are no text; {message}"
+            raise DataError(message, hint=hint)
+    ended = list(files)[: None if all_ended else -1]
+    for name in ended:
+        del files[name]

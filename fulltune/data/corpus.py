@@ -20,7 +20,14 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from fulltune.config import Settings
-from fulltune.data.binary import UNREADABLE, find_binary, has_escaped_bytes, num_bytes_of
+from fulltune.data.binary import (
+    UNREADABLE,
+    FileCount,
+    check_files,
+    find_binary,
+    has_escaped_bytes,
+    num_bytes_of,
+)
 from fulltune.data.cleaning import (
     CleaningConfig,
     LanguageFilter,
@@ -28,7 +35,7 @@ from fulltune.data.cleaning import (
     clean,
     refusal_by_length,
 )
-from fulltune.data.corpus_counts import Amount, FileCount, Tally
+from fulltune.data.corpus_counts import Amount, Tally
 from fulltune.data.deduplication import (
     DIGEST_BYTES,
     NearDuplicatesConfig,
@@ -44,8 +51,6 @@ from fulltune.errors import DataError
 
 CHUNK_CHARACTERS = 2**21
 CHUNK_DOCUMENTS = 4096
-ENOUGH_DOCUMENTS = 1000
-"""Of a file that is no text so many documents are looked at, and not all of its gigabytes."""
 
 
 class DecontaminateConfig(Settings):
@@ -351,36 +356,6 @@ def write_chunks(
         ) from error
     check_files(total.files, all_ended=True)
     return num_chunks, total
-
-
-def check_files(files: dict[str, FileCount], *, all_ended: bool = False) -> None:
-    """Refuse a file most of whose documents are no text; others that have ended are forgotten.
-
-    Args:
-        files: in the order they are read; of the last one more may follow.
-        all_ended: nothing follows.
-
-    Raises:
-        DataError: more than half of a file's documents, all or the first ones, are no text.
-    """
-    for number, (name, count) in enumerate(list(files.items()), start=1):
-        has_ended = all_ended or number < len(files)
-        if 2 * count.binary > count.documents and (
-            has_ended or count.documents >= ENOUGH_DOCUMENTS
-        ):
-            message, hint = count.first
-            which = "" if has_ended else "first "
-            one = count.documents == 1
-            raise DataError(
-                message
-                if one
-                else f"{count.binary:,} of the {which}{count.documents:,} documents of `{name}` "
-                f"are no text; {message}",
-                hint=hint,
-            )
-    ended = list(files)[: None if all_ended else -1]
-    for name in ended:
-        del files[name]
 
 
 def _start_work(config: CorpusConfig, folder: Path) -> Callable[[Chunk], Tally]:

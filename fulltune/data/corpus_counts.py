@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from fulltune.data.binary import FileCount
+
 NUM_EXAMPLES = 2
 """Removed documents of a stage that are named."""
 
@@ -54,29 +56,6 @@ class Removed:
         self.amount.merge(other.amount)
         _count(self.reasons, other.reasons)
         self.examples = (self.examples + other.examples)[:NUM_EXAMPLES]
-
-
-@dataclass
-class FileCount:
-    """How many documents of a file are no text."""
-
-    documents: int = 0
-    binary: int = 0
-    first: tuple[str, str] = ("", "")
-    """What is said of the first of them, and what to do."""
-
-    def add(self, message: str | None, hint: str = "") -> None:
-        """Count one document, with what is said of it if it is no text."""
-        self.documents += 1
-        if message is not None:
-            self.first = self.first if self.binary else (message, hint)
-            self.binary += 1
-
-    def merge(self, other: FileCount) -> None:
-        """Count what was counted in a later chunk."""
-        self.documents += other.documents
-        self.first = self.first if self.binary else other.first
-        self.binary += other.binary
 
 
 @dataclass

@@ -321,7 +321,7 @@ def test_a_row_that_is_no_text_is_left_out_of_every_format(name: str) -> None:
     ("name", "content", "documents", "message", "hint"),
     [
         ("raw.jsonl", "".join(f'{{"text": "床前明月光{n}"}}\n' for n in range(9)).encode("gbk"),
-         "file", r"9 of the 9 documents of `raw\.jsonl` are no text; raw\.jsonl:1: not UTF-8",
+         "file", r"all of the 9 documents of `raw\.jsonl` are no text; raw\.jsonl:1: not UTF-8",
          "iconv -f GB18030"),
         ("raw.jsonl", "".join(f'{{"text": "text {n}"}}\n' for n in range(9)).encode("utf-16"),
          "file", r"documents of `raw\.jsonl` are no text", "iconv -f UTF-16"),
@@ -348,7 +348,7 @@ def test_of_a_large_file_that_is_no_text_not_all_is_read() -> None:
     with Path("raw.jsonl").open("wb") as file:
         for _ in range(20_000):
             file.write(b"\xff\x00\n")
-    with pytest.raises(DataError, match=r"4,096 of the first 4,096 documents of `raw\.jsonl`"):
+    with pytest.raises(DataError, match=r"all of the first 4,096 documents of `raw\.jsonl`"):
         corpus.run(make_config())
 
 
