@@ -83,8 +83,10 @@ def encode(job: dict[str, Any]) -> None:
             stop(job, f"{len(chosen)} documents where {num_rows} are needed")
         draw = random.Random(0)
         ordinary = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+        special = set(tokenizer.all_special_ids)
         masks = (
-            mask(row["input_ids"], tokenizer.mask_token_id, ordinary, draw) for row in held_out
+            mask(row["input_ids"], tokenizer.mask_token_id, ordinary, special, draw)
+            for row in held_out
         )
         judged = [row for row in masks if count_targets(row["labels"])]
         lengths = [len(row["input_ids"]) for row in chosen]
@@ -132,12 +134,19 @@ def join_blocks(documents: list[list[int]], length: int) -> list[list[int]]:
 
 
 def mask(
-    input_ids: list[int], mask_id: int, ordinary: list[int], draw: random.Random
+    input_ids: list[int],
+    mask_id: int,
+    ordinary: list[int],
+    special: set[int],
+    draw: random.Random,
 ) -> dict[str, list[int]]:
-    """A row with BERT's masks: of the chosen tokens 80% hidden, 10% replaced, 10% kept."""
+    """A row with BERT's masks: of the chosen tokens 80% hidden, 10% replaced, 10% kept.
+
+    Special tokens are never chosen, [UNK] in the text among them, as in training.
+    """
     masked, labels = list(input_ids), [IGNORED] * len(input_ids)
     for place in range(1, len(input_ids) - 1):  # not the special tokens at both ends
-        if draw.random() < MASK_RATE:
+        if draw.random() < MASK_RATE and input_ids[place] not in special:
             labels[place] = input_ids[place]
             kind = draw.random()
             if kind < 0.8:

@@ -105,7 +105,7 @@ def run(folder: Path, train: Path, held_out: Path, options: argparse.Namespace) 
             "evaluations": [
                 {
                     "step": event["step"], "loss": event["loss"],
-                    "accuracy": event["masked_accuracy"],
+                    "accuracy": event.get("target_accuracy", event.get("masked_accuracy")),
                 }
                 for event in events
                 if event["event"] == "evaluation"

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import random
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+pretrain_rows = importlib.import_module("pretrain_rows")
 
 
 def run_benchmark(
@@ -168,3 +171,12 @@ def test_the_memory_of_a_corpus_is_measured_on_two_sizes(tmp_path: Path) -> None
     assert 0 < large["removed"]["near duplicates"] < large["documents"]
     assert small["parent_mib"] > 0
     assert math.isfinite(grown["bytes_per_document"])
+
+
+def test_the_judge_asks_for_no_unknown_token() -> None:
+    """What training never masks is nothing to be judged by."""
+    row = [2, *[1, 7, 8] * 500, 3]
+    judged = pretrain_rows.mask(row, 4, [5, 6, 7, 8], {0, 1, 2, 3, 4}, random.Random(0))
+    asked = [label for label in judged["labels"] if label != pretrain_rows.IGNORED]
+    assert 100 < len(asked) < 200
+    assert set(asked) == {7, 8}

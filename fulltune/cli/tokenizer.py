@@ -159,7 +159,11 @@ def extend(
     print_table(
         "Tokens added",
         ("token", "mean of"),
-        [(token, " ".join(pieces)) for token, pieces in extended.pieces.items()],
+        # Quoted, as a space belongs to a piece.
+        [
+            (token, " ".join(f"`{each}`" for each in held))
+            for token, held in extended.pieces.items()
+        ],
     )
     typer.echo(f"{extended.vocab_size:,} embeddings in {extended.folder}", err=True)
 

@@ -14,10 +14,8 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from fulltune.config import Settings
-from fulltune.errors import ConfigError, DataError, MissingExtraError
+from fulltune.errors import ConfigError, MissingExtraError
 
-JUNK_SHARE = 0.1
-"""A document with more control characters than this is no text."""
 LANGUAGE_CHARACTERS = 4000
 """The language is told from so many characters of a document's middle: what stands at the
 beginning is often a menu or a title."""
@@ -25,7 +23,8 @@ beginning is often a menu or a title."""
 _LINE_ENDS = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
 # Tabs and line feeds are text. The byte order mark, inside of a text, is what is left of joined
 # files; joiners such as U+200D are letters' business in many scripts and stay.
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")
+CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufffe\uffff]")
+"""Characters that are no text."""
 _SPACES = " \t\u00a0\u3000"
 
 
@@ -79,7 +78,7 @@ def clean(text: str, config: CleaningConfig) -> tuple[str, tuple[str, ...]]:
 
 
 def _without_control_characters(text: str) -> str:
-    return _CONTROL.sub("", _LINE_ENDS.sub("\n", text))
+    return CONTROL.sub("", _LINE_ENDS.sub("\n", text))
 
 
 def _without_trailing_spaces(text: str) -> str:
@@ -89,32 +88,6 @@ def _without_trailing_spaces(text: str) -> str:
 def _blank_lines_rule(most: int | None) -> Callable[[str], str]:
     run = re.compile(f"\n{{{(most or 0) + 2},}}")
     return lambda text: run.sub("\n" * ((most or 0) + 1), text.strip("\n"))
-
-
-def check_is_text(text: str, where: str) -> None:
-    """Refuse what is no text.
-
-    Raises:
-        DataError: half a character, or so many control characters that this is a binary file.
-    """
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where}: holds half a character (a lone surrogate), the {error.start + 1}th",
-                hint="it was cut in the middle of an escaped character; write the row again",
-            ) from None
-    first = _CONTROL.search(text)
-    if first is None:
-        return
-    count = len(_CONTROL.findall(text))
-    if count > JUNK_SHARE * len(text):
-        raise DataError(
-            f"{where}: {count:,} of {len(text):,} characters are control characters, the first "
-            f"being character {first.start() + 1} (U+{ord(first[0]):04X}): this is no text",
-            hint="take the binary file out of the sources, or convert it to text first",
-        )
 
 
 def refusal_by_length(text: str, config: LengthConfig) -> str | None:

@@ -14,17 +14,24 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pyarrow as pa
 from pydantic import Field, field_validator
 
 from fulltune.config import Settings
+from fulltune.data.binary import (
+    UNREADABLE,
+    FileCount,
+    check_files,
+    find_binary,
+    has_escaped_bytes,
+    num_bytes_of,
+)
 from fulltune.data.cleaning import (
     CleaningConfig,
     LanguageFilter,
     LengthConfig,
-    check_is_text,
     clean,
     refusal_by_length,
 )
@@ -69,6 +76,13 @@ class CorpusConfig(Settings):
     cut at paragraphs."""
     longest_document: Annotated[int, Field(ge=1, le=2**28)] = 2**24
     """Longest document in characters that is read; a longer one is an error."""
+    binary: Literal["drop", "error"] = "drop"
+    """What becomes of a document that is no text: whose bytes are not UTF-8, that holds half a
+    character, or more than a tenth of control characters (a row that they make unreadable, any).
+    `drop` leaves it out, as a filter of its own with its count and the first places; `error` stops
+    at the first one. In either case a file is an error if more than half of its documents (or of
+    its first thousand or so) are no text, as it is a binary file or has another encoding; and so is
+    a plain text that is not UTF-8 and is read whole, by `documents: file`."""
     cleaning: CleaningConfig = CleaningConfig()
     length: LengthConfig = LengthConfig()
     languages: tuple[str, ...] | None = None
@@ -107,13 +121,22 @@ class CorpusConfig(Settings):
 # One chunk
 
 
+class RawDocument(NamedTuple):
+    """A document as it was read."""
+
+    source: str
+    text: str
+    where: str
+    unreadable: bool
+    """Whether it is a row that could not be cut into fields."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Documents of the sources, in order."""
 
     index: int
-    documents: list[tuple[str, str, str]]
-    """Source, text and where."""
+    documents: list[RawDocument]
 
 
 CHUNK_SCHEMA = pa.schema(
@@ -157,9 +180,7 @@ class ChunkWork:
         """
         tally = Tally()
         rows = [
-            row
-            for source, text, where in chunk.documents
-            if (row := self._row(tally, source, text, where)) is not None
+            row for document in chunk.documents if (row := self._row(tally, document)) is not None
         ]
         columns = zip(*rows, strict=True) if rows else ((),) * len(CHUNK_SCHEMA)
         arrays = [
@@ -177,13 +198,23 @@ class ChunkWork:
         temporary.rename(path)
         return tally
 
-    def _row(self, tally: Tally, source: str, text: str, where: str) -> tuple[Any, ...] | None:
-        check_is_text(text, where)
-        tally.read.setdefault(source, Amount()).add_text(text)
+    def _row(self, tally: Tally, document: RawDocument) -> tuple[Any, ...] | None:
+        source, text, where, unreadable = document
+        size = num_bytes_of(text)
+        tally.read.setdefault(source, Amount()).add(1, len(text), size)
+        count = tally.files.setdefault(where.rpartition(":")[0], FileCount())
+        binary = find_binary(text, where, unreadable=unreadable)
+        if binary is not None:
+            if self._config.binary == "error":
+                raise DataError(binary.message, hint=binary.hint)
+            count.add(binary.message, binary.hint)
+            tally.binary.add(binary.reason, len(text), size, where)
+            return None
+        count.add(None)
         cleaned, changes = clean(text, self._config.cleaning)
         num_bytes = len(cleaned.encode())
         if changes:
-            taken = (len(text) - len(cleaned), len(text.encode()) - num_bytes)
+            taken = (len(text) - len(cleaned), size - num_bytes)
             tally.add_change(changes, *taken, where)
         reason = refusal_by_length(cleaned, self._config.length)
         if reason is not None:
@@ -231,19 +262,31 @@ def read_chunks(config: CorpusConfig) -> Iterator[Chunk]:
         DataError: a source cannot be read, has no text column, or a document is too long.
     """
     index, num_characters = 0, 0
-    documents: list[tuple[str, str, str]] = []
+    documents: list[RawDocument] = []
     column = config.columns.get("text", "text")
-    reading = TextReading(config.documents, config.longest_document)
+    reading = TextReading(
+        config.documents, config.longest_document, keep_binary=config.binary == "drop"
+    )
     for source in config.source_list:
         for record in read_records(source, reading=reading):
-            text = _text_of(record, column, config.longest_document)
-            documents.append((source, text, record.where))
+            unreadable = _unreadable(record, column)
+            text = unreadable or _text_of(record, column, config.longest_document)
+            documents.append(RawDocument(source, text, record.where, unreadable is not None))
             num_characters += len(text)
             if num_characters >= CHUNK_CHARACTERS or len(documents) == CHUNK_DOCUMENTS:
                 yield Chunk(index, documents)
                 index, documents, num_characters = index + 1, [], 0
     if documents:
         yield Chunk(index, documents)
+
+
+def _unreadable(record: Record, column: str) -> str | None:
+    """All of a row that is no text and has no such column; None of any other row."""
+    if UNREADABLE in record.fields:
+        return str(record.fields[UNREADABLE])
+    if column not in record.fields and has_escaped_bytes("".join(record.fields)):
+        return " ".join(map(str, (*record.fields, *record.fields.values())))
+    return None
 
 
 def _text_of(record: Record, column: str, longest: int) -> str:
@@ -285,7 +328,7 @@ def write_chunks(
         The number of chunks, and what was counted in all of them.
 
     Raises:
-        DataError: the first document in order that cannot be used.
+        DataError: the first document in order that cannot be used, or a file that is no text.
     """
     total = Tally()
     num_chunks = 0
@@ -294,6 +337,7 @@ def write_chunks(
         nonlocal num_chunks
         num_chunks += 1
         total.merge(tally)
+        check_files(total.files)
         progress(sum(amount.documents for amount in total.read.values()))
 
     try:
@@ -310,6 +354,7 @@ def write_chunks(
             "a process that prepares the corpus was killed, probably because memory ran out",
             hint="go on with `--resume num_workers=1`; finished work is kept",
         ) from error
+    check_files(total.files, all_ended=True)
     return num_chunks, total
 
 

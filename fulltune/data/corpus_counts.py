@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from fulltune.data.binary import FileCount
+
 NUM_EXAMPLES = 2
 """Removed documents of a stage that are named."""
 
@@ -27,10 +29,6 @@ class Amount:
     def merge(self, other: Amount) -> None:
         """Count what another counted."""
         self.add(other.documents, other.characters, other.bytes)
-
-    def add_text(self, text: str) -> None:
-        """Count one document."""
-        self.add(1, len(text), len(text.encode()))
 
 
 def _count(counts: dict[str, int], more: Mapping[str, int]) -> None:
@@ -70,8 +68,11 @@ class Tally:
     cleaned_away: Amount = field(default_factory=Amount)
     """Characters and bytes that cleaning took from documents."""
     changed_examples: list[str] = field(default_factory=list)
+    binary: Removed = field(default_factory=Removed)
     length: Removed = field(default_factory=Removed)
     language: Removed = field(default_factory=Removed)
+    files: dict[str, FileCount] = field(default_factory=dict)
+    """Those that documents were read from, in order."""
 
     def add_change(
         self, changes: Sequence[str], characters: int, num_bytes: int, where: str
@@ -91,8 +92,11 @@ class Tally:
         _count(self.changes, other.changes)
         self.cleaned_away.merge(other.cleaned_away)
         self.changed_examples = (self.changed_examples + other.changed_examples)[:NUM_EXAMPLES]
+        self.binary.merge(other.binary)
         self.length.merge(other.length)
         self.language.merge(other.language)
+        for name, count in other.files.items():
+            self.files.setdefault(name, FileCount()).merge(count)
 
     def to_json(self) -> str:
         """For `from_json`."""
@@ -113,6 +117,11 @@ class Tally:
             values["changes"],
             Amount(**values["cleaned_away"]),
             values["changed_examples"],
+            removed("binary"),
             removed("length"),
             removed("language"),
+            {
+                name: FileCount(count["documents"], count["binary"], tuple(count["first"]))
+                for name, count in values["files"].items()
+            },
         )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, AnyStr, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet
 
+from fulltune.data.binary import ESCAPE_BYTES, UNREADABLE, has_escaped_bytes, is_binary_row
 from fulltune.data.json_rows import parse_json, parse_json_lines
 from fulltune.data.plain_text import bounded_lines, split_documents, whole_text
 from fulltune.data.utf8 import bad_encoding
@@ -40,6 +40,8 @@ class DataFile:
     suffix: str
     """Of its format, without that of its compression."""
     compression: str | None
+    keep_binary: bool = False
+    """Whether rows that are no text are given too, their bytes escaped, and not an error."""
 
     @property
     def is_plain_text(self) -> bool:
@@ -55,7 +57,8 @@ class DataFile:
 
     def open_text(self, *, newline: str | None = None) -> IO[str]:
         """Its content as UTF-8."""
-        return io.TextIOWrapper(self.open(), encoding="utf-8-sig", newline=newline)
+        errors = ESCAPE_BYTES if self.keep_binary else "strict"
+        return io.TextIOWrapper(self.open(), encoding="utf-8-sig", errors=errors, newline=newline)
 
     def open_seekable(self) -> BinaryIO:
         """Columnar files are read from their end, which a compressed stream cannot do."""
@@ -76,6 +79,9 @@ class TextReading:
     """What ends a document: `file`, `blank_line`, `line`, or the text of a line between them."""
     longest: int | None = None
     """Longest document in characters; null has no limit but `LONGEST_LINE`."""
+    keep_binary: bool = False
+    """Give documents that are no text too, to be counted; a plain text that is one document, and
+    is not UTF-8, stays an error."""
 
 
 WHOLE_FILES = TextReading()
@@ -108,6 +114,8 @@ def read_file(file: DataFile, reading: TextReading) -> Iterator[tuple[int, dict[
     Raises:
         DataError: naming the file, and the line where there is one.
     """
+    whole = file.is_plain_text and reading.boundary == WHOLE_FILES.boundary
+    file = replace(file, keep_binary=reading.keep_binary and not whole)
     try:
         if file.is_plain_text and reading.boundary != WHOLE_FILES.boundary:
             with file.open_text() as text:
@@ -118,7 +126,8 @@ def read_file(file: DataFile, reading: TextReading) -> Iterator[tuple[int, dict[
             # An escaped character takes up to twelve bytes; other columns may stand beside a text.
             most_bytes = 12 * reading.longest + _READ_BYTES
             with file.open() as stream:
-                yield from parse_json_lines(bounded_lines(stream, most_bytes, file.name), file.name)
+                lines = bounded_lines(stream, most_bytes, file.name)
+                yield from parse_json_lines(lines, file.name, keep_binary=file.keep_binary)
         else:
             yield from _READERS[file.suffix](file)
     except UnicodeDecodeError:
@@ -153,7 +162,8 @@ def row_lines(stream: IO[AnyStr], name: str) -> Iterator[AnyStr]:
 
 def _read_jsonl(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open() as stream:
-        yield from parse_json_lines(row_lines(stream, file.name), file.name)
+        lines = row_lines(stream, file.name)
+        yield from parse_json_lines(lines, file.name, keep_binary=file.keep_binary)
 
 
 def _read_json(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -164,18 +174,29 @@ def _read_json(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
 def _read_csv(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)  # a document is often longer than the default of 128 KiB
     with file.open_text(newline="") as stream:
-        reader = csv.reader(row_lines(stream, file.name), strict=True)
-        yield from _rows_by_header(file.name, _csv_rows(file.name, reader))
+        read: list[str] = []
+        reader = csv.reader(_noting(row_lines(stream, file.name), read), strict=True)
+        yield from _rows_by_header(file, _csv_rows(file, reader, read))
 
 
-def _csv_rows(name: str, reader: Any) -> Iterator[tuple[int, list[str]]]:
+def _noting(lines: Iterable[str], read: list[str]) -> Iterator[str]:
+    for line in lines:
+        read.append(line)
+        yield line
+
+
+def _csv_rows(file: DataFile, reader: Any, read: list[str]) -> Iterator[tuple[int, list[str]]]:
     while True:
         line = reader.line_num + 1
+        read.clear()
         try:
             row = next(reader, None)
         except csv.Error as error:
+            if file.keep_binary and is_binary_row("".join(read)):
+                yield line, ["".join(read)]
+                continue
             raise DataError(
-                f"{name}:{line}: not CSV: {error}",
+                f"{file.name}:{line}: not CSV: {error}",
                 hint='quote fields that hold `"`, commas or line breaks; double each `"` in them',
             ) from None
         if row is None:
@@ -190,13 +211,17 @@ def _read_tsv(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
         numbered = enumerate(row_lines(stream, file.name), start=1)
         lines = ((number, line.rstrip("\n")) for number, line in numbered)
         rows = ((number, line.split("\t")) for number, line in lines if line)
-        yield from _rows_by_header(file.name, rows)
+        yield from _rows_by_header(file, rows)
 
 
 def _rows_by_header(
-    name: str, rows: Iterator[tuple[int, list[str]]]
+    file: DataFile, rows: Iterator[tuple[int, list[str]]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
+    name = file.name
     _, header = next(rows, (0, []))
+    if has_escaped_bytes("".join(header)):
+        with file.open() as stream:
+            raise bad_encoding(name, stream)
     repeated = sorted({column for column in header if header.count(column) > 1})
     if repeated:
         raise DataError(
@@ -205,6 +230,9 @@ def _rows_by_header(
         )
     for line, row in rows:
         if len(row) != len(header):
+            if file.keep_binary and is_binary_row(whole := "\t".join(row)):
+                yield line, {UNREADABLE: whole}
+                continue
             raise DataError(
                 f"{name}:{line}: {len(row)} columns, but the header has {len(header)} "
                 f"({listed(header)})",
@@ -222,7 +250,7 @@ def _read_text(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
 def _read_parquet(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open_seekable() as stream:
         batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=_BATCH_ROWS)
-        yield from _numbered_rows(batches)
+        yield from _numbered_rows(file, batches)
 
 
 def _read_arrow(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -230,19 +258,49 @@ def _read_arrow(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
         is_file = stream.read(6) == b"ARROW1"
         stream.seek(0)
         if not is_file:
-            yield from _numbered_rows(pa.ipc.open_stream(stream))
+            yield from _numbered_rows(file, pa.ipc.open_stream(stream))
             return
         reader = pa.ipc.open_file(stream)
-        yield from _numbered_rows(reader.get_batch(i) for i in range(reader.num_record_batches))
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        yield from _numbered_rows(file, batches)
 
 
-def _numbered_rows(batches: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    slices = (
-        batch.slice(start, _BATCH_ROWS)
-        for batch in batches
-        for start in range(0, batch.num_rows, _BATCH_ROWS)
-    )
-    return enumerate(itertools.chain.from_iterable(part.to_pylist() for part in slices), start=1)
+def _numbered_rows(file: DataFile, batches: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH_ROWS):
+            part = batch.slice(start, _BATCH_ROWS)
+            try:
+                rows = part.to_pylist()
+            except UnicodeDecodeError:  # nothing sees to it that a column of text is UTF-8
+                rows = _rows_with_escaped_bytes(file, part, number + 1)
+            for row in rows:
+                number += 1
+                yield number, row
+
+
+def _rows_with_escaped_bytes(file: DataFile, part: Any, first: int) -> list[dict[str, Any]]:
+    columns = {name: _escaped(part.column(name)) for name in part.schema.names}
+    rows = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+    for number, row in enumerate(rows, start=first):
+        for name, value in row.items():
+            if isinstance(value, str) and has_escaped_bytes(value) and not file.keep_binary:
+                raise DataError(
+                    f"{file.name}:{number}: `{name}` is not UTF-8",
+                    hint="write the table again with this row's text as UTF-8, or without the row",
+                )
+    return rows
+
+
+def _escaped(column: Any) -> list[Any]:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return cast(list[Any], column.to_pylist())
+    values = column.cast(pa.large_binary()).to_pylist()
+    return [None if value is None else value.decode("utf-8", ESCAPE_BYTES) for value in values]
 
 
 _Reader = Callable[[DataFile], Iterator[tuple[int, dict[str, Any]]]]

@@ -6,21 +6,30 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
+from fulltune.data.binary import ESCAPE_BYTES, UNREADABLE, is_binary_row
 from fulltune.data.utf8 import bad_line
 from fulltune.errors import DataError
 
 _READ_BYTES = 2**20
 
 
-def parse_json_lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def parse_json_lines(
+    stream: Iterable[bytes], name: str, *, keep_binary: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of JSON Lines with the line of each; blank lines are none.
+
+    Args:
+        stream: the lines.
+        name: the file, for messages.
+        keep_binary: give rows that are no text too, their bytes escaped.
 
     Raises:
         DataError: a line is not UTF-8, not JSON or no object.
     """
     for number, line in enumerate(stream, start=1):
+        encoding = "utf-8-sig" if number == 1 else "utf-8"
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode(encoding, ESCAPE_BYTES if keep_binary else "strict")
         except UnicodeDecodeError as error:
             raise bad_line(name, number, line, error) from None
         if not text.strip():
@@ -28,6 +37,9 @@ def parse_json_lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[int, 
         try:
             value = json.loads(text.rstrip())
         except (ValueError, RecursionError) as error:
+            if keep_binary and is_binary_row(text):
+                yield number, {UNREADABLE: text}
+                continue
             raise _bad_json(f"{name}:{number}", text, error) from None
         yield number, _checked_object(value, f"{name}:{number}")
 

@@ -1,4 +1,8 @@
-"""Long documents cut into sections, so that a corpus of a few books can be split at all."""
+"""Long documents cut into sections, so that a corpus of a few books can be split at all.
+
+A section is an example of its own for the split alone. It is not a document: a text does not end
+where its section does, and the next section is what follows.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +29,16 @@ class Sections:
         self._start = (np.arange(len(self._document)) - firsts[self._document]) * num_tokens
         rest = documents.lengths[self._document] - self._start
         self.lengths: npt.NDArray[Any] = np.minimum(rest, num_tokens).astype(np.int32)
-        self.fingerprint = f"{documents.fingerprint}-{num_tokens}"
+        self.ends_document: npt.NDArray[np.bool_] = rest <= num_tokens
+        """Whether a section is the last of its document."""
+        self.fingerprint = f"{documents.fingerprint}-{num_tokens}-in-order"
         places = zip(self._document.tolist(), self._start.tolist(), strict=True)
         hashes = [content_hash(self.fingerprint, f"{row}:{start}") for row, start in places]
         self.input_hashes = self.example_hashes = np.array(hashes, dtype=np.int64)
+
+    def documents_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The document that each section is of."""
+        return self._document[indices]
 
     def __len__(self) -> int:
         return len(self._document)

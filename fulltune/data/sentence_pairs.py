@@ -17,20 +17,23 @@ from pydantic import Field
 from fulltune.config import Settings
 from fulltune.data.arranged import Documents
 from fulltune.data.encoding import SENTENCE_START, EncodedExample, content_hash
+from fulltune.data.sections import Sections
 from fulltune.errors import DataError
 
 FOLLOWS, UNRELATED = 0, 1
 """Labels of a pair, as in transformers' heads; a swapped pair has that of an unrelated one."""
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
+Int64Array: TypeAlias = npt.NDArray[np.int64]
 
 
 class SentencePairsConfig(Settings):
     """Which pairs are made of the documents, and how much they count."""
 
     kind: Literal["next", "order"] = "next"
-    """`next`: half of the second segments are from another document (BERT). `order`: half of the
-    pairs are swapped (ALBERT)."""
+    """`next`: half of the second segments are from another document (BERT), or of a single one
+    that was split in sections, from a section that does not follow. `order`: half of the pairs are
+    swapped (ALBERT)."""
     copies: Annotated[int, Field(ge=1)] = 1
     """How often the documents are cut into pairs, each time with other draws."""
     short_share: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -94,11 +97,12 @@ class SentencePairs:
         self._rows = np.asarray(indices, dtype=np.int64)
         self._start_id, self._separator_id = start_id, separator_id
         sentences = [_sentence_bounds(documents[int(row)]) for row in self._rows]
-        _check(documents, self._rows, sentences, config)
+        related = _related(documents, self._rows)
+        _check(documents, self._rows, sentences, related, config)
         pairs = array("i")
         generator = np.random.default_rng(np.random.SeedSequence(seed))
         for _ in range(config.copies):
-            for pair in draw_pairs(sentences, config, max_length - 3, generator):
+            for pair in draw_pairs(sentences, config, max_length - 3, generator, related=related):
                 pairs.extend((*pair.first, *pair.second, pair.label))
         self._pairs: Int32Array = np.array(pairs, dtype=np.int32).reshape(-1, 7)
         starts_and_ends = self._pairs[:, [1, 2, 4, 5]] * np.array([-1, 1, -1, 1], dtype=np.int32)
@@ -160,6 +164,8 @@ def draw_pairs(
     config: SentencePairsConfig,
     num_tokens: int,
     generator: np.random.Generator,
+    *,
+    related: Int64Array | None = None,
 ) -> Iterator[Pair]:
     """One pass over the documents, cutting each into pairs.
 
@@ -176,6 +182,8 @@ def draw_pairs(
         config: which pairs.
         num_tokens: most tokens of both segments.
         generator: all draws are made from it.
+        related: int64 [N, 2], for each document the range of those that no wrong next sentence may
+            be drawn from; None is itself alone.
     """
     least = 2 if config.kind == "order" else 1
     for document, bounds in enumerate(sentences):
@@ -195,7 +203,8 @@ def draw_pairs(
                 else:
                     yield _shortened(Pair(first, second, FOLLOWS), num_tokens, generator)
             elif middle == end or generator.random() < 0.5:
-                second = _from_another(sentences, document, target - first.num_tokens, generator)
+                apart = (document, document + 1) if related is None else related[document]
+                second = _from_another(sentences, apart, target - first.num_tokens, generator)
                 start = middle
                 yield _shortened(Pair(first, second, UNRELATED), num_tokens, generator)
             else:
@@ -211,10 +220,15 @@ def _gather(bounds: Int32Array, start: int, num_tokens: int, least: int) -> int:
 
 
 def _from_another(
-    sentences: Sequence[Int32Array], document: int, num_tokens: int, generator: np.random.Generator
+    sentences: Sequence[Int32Array],
+    apart: Sequence[int] | Int64Array,
+    num_tokens: int,
+    generator: np.random.Generator,
 ) -> Segment:
-    other = int(generator.integers(len(sentences) - 1))
-    other += other >= document
+    """A segment of a document outside of the range ``apart``."""
+    begin, end = map(int, apart)
+    other = int(generator.integers(len(sentences) - (end - begin)))
+    other += (end - begin) * (other >= begin)
     bounds = sentences[other]
     start = int(generator.integers(len(bounds) - 1))
     end = _gather(bounds, start, num_tokens, 1)
@@ -253,10 +267,30 @@ def _sentence_bounds(document: EncodedExample) -> Int32Array:
     return np.append(np.flatnonzero(marks), len(marks)).astype(np.int32)
 
 
+def _related(documents: Documents, rows: Int64Array) -> Int64Array:
+    """The range of rows that a document's wrong next sentences are not drawn from, [N, 2].
+
+    It is itself. Of a section it is all of its document; where there is no other document, only
+    itself and the section that follows it.
+    """
+    places = np.arange(len(rows), dtype=np.int64)
+    if not isinstance(documents, Sections):
+        return np.stack([places, places + 1], axis=1)
+    document_of = documents.documents_of(rows)
+    if len(rows) and (document_of != document_of[0]).any():
+        # The rows ascend, so that those of one document are side by side.
+        begin = np.searchsorted(document_of, document_of, side="left")
+        end = np.searchsorted(document_of, document_of, side="right")
+        return np.stack([begin, end], axis=1)
+    is_followed = np.append(np.diff(rows) == 1, [False] * (len(rows) > 0))
+    return np.stack([places, places + 1 + is_followed], axis=1)
+
+
 def _check(
     documents: Documents,
     rows: npt.NDArray[np.int64],
     sentences: Sequence[Int32Array],
+    related: Int64Array,
     config: SentencePairsConfig,
 ) -> None:
     if not len(rows):
@@ -269,7 +303,7 @@ def _check(
             hint="a document is one row; put the sentences of a text into one row, or train "
             "masked tokens without pairs",
         )
-    if config.kind == "next" and len(rows) < 2:
+    if config.kind == "next" and (related[:, 1] - related[:, 0] == len(rows)).any():
         raise DataError(
             f"{first}: a single document has no other one to draw wrong next sentences from",
             hint="give two or more documents to each split, or set the pairs to `kind: order`",

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fulltune.data.arranged import Documents
 from fulltune.data.encoding import EncodedExample, Int32Array, Int64Array
+from fulltune.data.sections import Sections
 from fulltune.errors import DataError
 
 
@@ -25,7 +26,8 @@ class TokenStream:
     in it.
 
     Args:
-        documents: what is joined.
+        documents: what is joined. Sections of one document stay in their order, and the end token
+            follows the last of them alone.
         indices: the documents of the split; the result depends on their set, not on their order.
         seed: of the order of the documents.
         window_tokens: tokens of a window, at least 2.
@@ -65,10 +67,17 @@ class TokenStream:
         fingerprint.update(order.tobytes())
         self.fingerprint = fingerprint.hexdigest()
 
-        np.random.default_rng(np.random.SeedSequence(seed & (2**64 - 1))).shuffle(order)
+        generator = np.random.default_rng(np.random.SeedSequence(seed & (2**64 - 1)))
+        ends: npt.NDArray[np.bool_] = np.ones(len(order), dtype=np.bool_)
+        if isinstance(documents, Sections):
+            order = _by_document(order, documents.documents_of(order), generator)
+            ends = documents.ends_document[order]
+        else:
+            generator.shuffle(order)
         self._order: Int64Array = order
+        self._has_end = ends
         self._starts: Int64Array = np.zeros(len(order) + 1, dtype=np.int64)
-        np.cumsum(documents.lengths[order].astype(np.int64) + 1, out=self._starts[1:])
+        np.cumsum(documents.lengths[order].astype(np.int64) + ends, out=self._starts[1:])
         num_windows, rest = divmod(int(self._starts[-1]), window_tokens)
         self.lengths: Int32Array = np.full(num_windows, window_tokens, dtype=np.int32)
         if rest >= 2:
@@ -98,15 +107,16 @@ class TokenStream:
             document_start, document_end = map(int, self._starts[place : place + 2])
             if document_start >= end:
                 break
-            length = document_end - 1 - document_start
+            has_end = bool(self._has_end[place])
+            length = document_end - has_end - document_start
             begin, stop = max(0, start - document_start), min(length, end - document_start)
             document = self._documents.piece(int(self._order[place]), begin, stop)
             input_ids += document["input_ids"]
             if self._boundaries:
                 # Nothing of a document may be left for a window but its end token.
                 boundaries += document["boundaries"] if begin < stop else []
-                boundaries += [0] * (end >= document_end)
-            if end >= document_end:
+                boundaries += [0] * (has_end and end >= document_end)
+            if has_end and end >= document_end:
                 input_ids.append(self._end_id)
             if length:
                 # Rounded down at both ends, so that the windows of a document add up to it.
@@ -142,6 +152,15 @@ class TokenStream:
         start = int(index) % len(self) * self._window_tokens
         end = min(start + self._window_tokens, int(self._starts[-1]))
         return start, end, int(np.searchsorted(self._starts, start, side="right")) - 1
+
+
+def _by_document(
+    order: Int64Array, document_of: Int64Array, generator: np.random.Generator
+) -> Int64Array:
+    """Documents in a drawn order, the sections of each in their own."""
+    drawn, number = np.unique(document_of, return_inverse=True)
+    place = generator.permutation(len(drawn))
+    return order[np.argsort(place[number], kind="stable")]
 
 
 def tokens_hash(tokens: Sequence[int]) -> int:

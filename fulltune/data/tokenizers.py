@@ -25,7 +25,7 @@ from fulltune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 TokenizerFamily: TypeAlias = Literal["gpt", "bert", "xlnet", "t5"]
 Algorithm: TypeAlias = Literal["bpe", "wordpiece", "unigram", "characters"]
@@ -51,7 +51,8 @@ class TokenizerConfig(Settings):
     """Share of the documents that is measured on, not trained on; their hash says which ones."""
     character_coverage: Annotated[float, Field(gt=0.9, le=1.0)] = 1.0
     """WordPiece and unigram: share of the text's characters that pieces are made of; the rarest
-    ones beyond it are unknown, as is usual for Chinese or Japanese (0.9995)."""
+    ones beyond it are unknown, as is usual for Chinese or Japanese (0.9995). WordPiece reads a word
+    with such a character as unknown (each Chinese character is a word), unigram the character."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,23 @@ def _add_post_processor(backend: Tokenizer, family: TokenizerFamily, algorithm: 
         )
     elif algorithm == "bpe":
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
+
+
+def readable_piece(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
+    """A piece as the text it stands for, its space included; of part of a character, the bytes.
+
+    Byte-level BPE has letters for bytes (`Ġ` is a space, `ä¸Ń` is 中), SentencePiece writes a space
+    as `▁`. A piece that goes on with a word keeps WordPiece's `##`.
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    name = str(tokenizer.convert_ids_to_tokens(number))
+    if number in tokenizer.added_tokens_decoder:
+        return name
+    if "ByteLevel" not in str(tokenizer.backend_tokenizer.decoder):
+        return name.replace("▁", " ")
+    bytes_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    return bytes(bytes_of[letter] for letter in name).decode("utf-8", "backslashreplace")
 
 
 def check_output(folder: Path) -> None:

@@ -40,7 +40,7 @@ def bad_line(
     wide = (number, byte) == (1, 1) and line[:2] in (b"\xff\xfe", b"\xfe\xff")
     encoding = "UTF-16" if wide else guess_encoding(line)
     found = "it begins like UTF-16" if wide else f"byte {byte} is 0x{line[error.start]:02x}"
-    return DataError(f"{name}:{number}: not UTF-8: {found}", hint=_how_to_convert(name, encoding))
+    return DataError(f"{name}:{number}: not UTF-8: {found}", hint=how_to_convert(name, encoding))
 
 
 def guess_encoding(line: bytes) -> str | None:
@@ -78,7 +78,8 @@ def _is_common(code: bytes, codec: str) -> bool:
     return 0x81 <= code[0] <= 0x83 or 0x88 <= code[0] <= 0x98
 
 
-def _how_to_convert(name: str, encoding: str | None) -> str:
+def how_to_convert(name: str, encoding: str | None) -> str:
+    """The command, with the encoding it is probably in."""
     command = f"`iconv -f {encoding or 'ENCODING'} -t UTF-8 {name} > utf8-{Path(name).name}`"
     if encoding is None:
         return (

@@ -65,8 +65,14 @@ def learn_wordpiece(documents: Iterable[str], wanted: Wanted) -> Tokenizer:
     assert wanted.unknown is not None
     normalizer = normalizers.BertNormalizer(lowercase=wanted.lowercase)
     pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    counted = _covered(_count_words(documents, normalizer, pre_tokenizer), wanted)
-    words = {word: n for word, n in counted.items() if len(word) <= MAX_WORD_CHARACTERS}
+    counted = _count_words(documents, normalizer, pre_tokenizer)
+    rare = _uncovered(counted, wanted)
+    # A word that holds an unknown character is unknown as a whole to WordPiece.
+    words = {
+        word: count
+        for word, count in counted.items()
+        if len(word) <= MAX_WORD_CHARACTERS and rare.isdisjoint(word)
+    }
     symbols = sorted({symbol for word in words for symbol in _symbols(word)})
     stand_ins = {symbol: chr(_STAND_INS + index) for index, symbol in enumerate(symbols)}
     learner = Tokenizer(models.BPE())
@@ -130,7 +136,8 @@ def learn_unigram(documents: Iterable[str], wanted: Wanted) -> Tokenizer:
             pre_tokenizers.Split(Regex(_SCRIPT_RUNS), "isolated"),
         ]
     )
-    words = _covered(_count_words(documents, normalizer, pre_tokenizer), wanted)
+    counted = _count_words(documents, normalizer, pre_tokenizer)
+    words = _cut_at(counted, _uncovered(counted, wanted))
     pieces = [(token, 0.0) for token in wanted.special_tokens]
     num_characters = len({character for word in words for character in word})
     if num_characters + len(pieces) <= _size(wanted):
@@ -237,10 +244,10 @@ def _count_words(
     return Counter(dict(sorted(words.items())))
 
 
-def _covered(words: Counter[str], wanted: Wanted) -> Counter[str]:
-    """The words without those of characters beyond the coverage, rarest first."""
+def _uncovered(words: Counter[str], wanted: Wanted) -> set[str]:
+    """The characters beyond the coverage, rarest first."""
     if wanted.character_coverage == 1.0:
-        return words
+        return set()
     counts: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:
@@ -252,4 +259,20 @@ def _covered(words: Counter[str], wanted: Wanted) -> Counter[str]:
         if left < 0:
             break
         dropped.add(character)
-    return Counter({word: count for word, count in words.items() if dropped.isdisjoint(word)})
+    return dropped
+
+
+def _cut_at(words: Counter[str], characters: set[str]) -> Counter[str]:
+    """What stands between these characters, which no piece holds, as SentencePiece's trainer does.
+
+    A run of Chinese is one word, of which only the rare characters are lost.
+    """
+    if not characters:
+        return words
+    rare = re.compile(f"[{re.escape(''.join(sorted(characters)))}]+")
+    parts: Counter[str] = Counter()
+    for word, count in words.items():
+        for part in rare.split(word):
+            if part:
+                parts[part] += count
+    return Counter(dict(sorted(parts.items())))

@@ -151,8 +151,10 @@ def evaluate_model(
             loss_sum - sentence_loss_sum, num_targets, num_bytes if all_bytes_known else 0
         )
         metrics["loss"] = loss_sum / num_targets
-        if objective.head != "causal_lm":
+        if objective.head in ("masked_lm", "sentence_order"):
             metrics["masked_accuracy"] = num_correct / num_targets
+        elif objective.head != "causal_lm":
+            metrics["target_accuracy"] = num_correct / num_targets
         if num_sentences:
             metrics["sentence_accuracy"] = num_sentences_correct / num_sentences
         # How often the likeliest token is the right one; of interest, but no metric to stop by.

@@ -31,7 +31,12 @@ METRICS: dict[str, Metric] = {
     "bits_per_byte": Metric("lower", "cross-entropy per UTF-8 byte of the text, in bits"),
     "accuracy": Metric("higher", "share of examples whose likeliest label is the right one"),
     "masked_accuracy": Metric(
-        "higher", "share of predicted tokens whose likeliest guess is the right one"
+        "higher", "share of masked tokens whose likeliest guess is the right one"
+    ),
+    "target_accuracy": Metric(
+        "higher",
+        "share of the targets of permutations or span corruption (there sentinels and end tokens "
+        "too) whose likeliest guess is the right one",
     ),
     "sentence_accuracy": Metric(
         "higher", "share of sentence pairs whose order or belonging is told right"

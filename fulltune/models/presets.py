@@ -236,8 +236,9 @@ def make_model(
                 f"`architecture` names {error}, which transformers does not know",
                 hint="correct or leave out the field",
             ) from error
-        except ValueError as error:
-            reason = first_line(error)
+        # Where the fields of a config do not fit, the code of each architecture fails in its way.
+        except (ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+            reason = first_line(error) or type(error).__name__
             if reason.startswith("Unrecognized configuration class"):
                 raise ModelError(
                     f"a `{config.model_type}` model has no head for this objective",

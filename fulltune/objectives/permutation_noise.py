@@ -34,6 +34,9 @@ class PermutationConfig(Settings):
 
     predict_share: Annotated[float, Field(gt=0, le=1)] = 1 / 6
     """Share of a window's tokens that are predicted: 85 of 512."""
+    evaluate_share: Annotated[float, Field(gt=0, le=1)] = 1 / 6
+    """The same of held-out text: fixed, so that runs trained with different shares can be compared.
+    """
     mask_alpha: Annotated[int, Field(ge=1)] = 6
     """Tokens of context for each `mask_beta` tokens of a predicted span."""
     mask_beta: Annotated[int, Field(ge=1)] = 1
@@ -106,7 +109,8 @@ def draw_window(
 
     generator = noise_generator(example)
     targets_L = np.zeros(len(ids_L), dtype=np.bool_)
-    missing = max(1, round(config.predict_share * int(candidates_L.sum())))
+    share = config.predict_share if "noise_seed" in example else config.evaluate_share
+    missing = max(1, round(share * int(candidates_L.sum())))
     for number, part in enumerate(parts):
         num_candidates = int(candidates_L[part].sum())
         left = num_candidates + int(candidates_L[part.stop :].sum())

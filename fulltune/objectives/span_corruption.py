@@ -6,6 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,8 +61,9 @@ class SpanConfig(Settings):
     mixture: Literal["t5", "ul2"] = "t5"
     """`t5` is one kind of noise; `ul2` is seven, one drawn for each example and told by a mode
     token where the tokenizer has `[NLU]`, `[NLG]` and `[S2S]`."""
-    noise_density: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """`t5`: share of the tokens that is noise."""
+    noise_density: Annotated[float, Field(gt=0, le=0.9)] = 0.15
+    """`t5`: share of the tokens that is noise. A window is as much text as fills the inputs once
+    the noise is out: at 0.9 already ten times `objective.length`."""
     mean_length: Annotated[float, Field(ge=1)] = 3.0
     """`t5`: tokens of a span of noise, on average."""
 
@@ -106,12 +108,14 @@ class SpanCorruption:
                     f"the tokenizer has no `{name}`, which span corruption needs",
                     hint="use a tokenizer made for T5",
                 )
-        needed = max(denoiser.counts(self.window_tokens)[1] for denoiser in self.denoisers)
-        if len(self.sentinels) < needed:
+        needed = self._num_spans(self.max_length)
+        num_sentinels = len(self.sentinels)
+        if num_sentinels < needed:
             raise ModelError(
-                f"the tokenizer has {len(self.sentinels)} sentinels (`<extra_id_0>` and so on), "
-                f"but windows of {self.window_tokens:,} tokens have {needed} spans of noise",
-                hint="use a tokenizer made for T5, shorter inputs, or longer spans",
+                f"the tokenizer has {num_sentinels} sentinels (`<extra_id_0>` and so on), but "
+                f"`objective.length: {self.max_length}` reads {self.window_tokens:,} tokens at "
+                f"once, with up to {needed} spans of noise",
+                hint=self._fewer_spans(num_sentinels),
             )
 
     @property
@@ -159,8 +163,40 @@ class SpanCorruption:
     @cached_property
     def window_tokens(self) -> int:
         """Tokens before corruption: as many as fit ``max_length`` with every kind of noise."""
-        longest = self.max_length - bool(self.mode_ids)
+        return self._window_tokens(self.max_length)
+
+    def _window_tokens(self, max_length: int) -> int:
+        longest = max_length - bool(self.mode_ids)
         return min(raw_length(longest, denoiser)[0] for denoiser in self.denoisers)
+
+    def _num_spans(self, max_length: int) -> int:
+        """The most sentinels that a window takes."""
+        window = self._window_tokens(max_length)
+        return max(denoiser.counts(window)[1] for denoiser in self.denoisers)
+
+    def _fewer_spans(self, num_sentinels: int) -> str:
+        if not num_sentinels:
+            return "use the tokenizer of a T5, or train one with `--family t5`"
+        shortest, longest = 8, self.max_length - 1
+        if self._num_spans(shortest) > num_sentinels:
+            return "use the tokenizer of a T5, which has 100, or train one with `--family t5`"
+        while shortest < longest:  # the longest that the sentinels are enough for
+            middle = (shortest + longest + 1) // 2
+            if self._num_spans(middle) <= num_sentinels:
+                shortest = middle
+            else:
+                longest = middle - 1
+        hint = f"set `objective.length` to {shortest} or less"
+        if self.spans.mixture == "ul2":
+            return hint
+        mean_length = math.ceil(self.spans.mean_length)
+        while self._num_spans_of(mean_length) > num_sentinels:
+            mean_length += 1
+        return f"{hint}, or `objective.spans.mean_length` to {mean_length} or more"
+
+    def _num_spans_of(self, mean_length: int) -> int:
+        denoiser = Denoiser(self.spans.noise_density, mean_length)
+        return denoiser.counts(raw_length(self.max_length, denoiser)[0])[1]
 
     def encode(self, example: Example) -> list[EncodedExample]:
         """A document as it is, without special tokens.

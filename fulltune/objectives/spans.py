@@ -5,6 +5,7 @@ Pure functions of lists of tokens and a generator; `span_corruption` makes batch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -80,7 +81,11 @@ def raw_length(inputs_length: int, denoiser: Denoiser = T5_DENOISER) -> tuple[in
     """
     if denoiser.lengths(2)[0] > inputs_length:
         raise ValueError(f"{inputs_length} tokens are too few for corrupted inputs")
-    length = 2
+    # Inputs never get shorter with more text, so that the search may begin near its end.
+    share_left = 1 - denoiser.noise_density * (1 - 1 / (denoiser.mean_span_length or math.inf))
+    length = max(2, int((inputs_length - 4) / share_left))
+    if denoiser.lengths(length)[0] > inputs_length:
+        length = 2
     while denoiser.lengths(length + 1)[0] <= inputs_length:
         length += 1
     return length, denoiser.lengths(length)[1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,14 +22,10 @@ import fulltune
 from fulltune.config import build_config, differing_keys
 from fulltune.data.cleaning import LanguageFilter
 from fulltune.data.corpus import CorpusConfig, write_chunks
-from fulltune.data.corpus_counts import Amount, Removed, Tally
+from fulltune.data.corpus_counts import Removed, Tally
 from fulltune.data.corpus_shards import (
-    EVALUATION,
-    EXACT,
-    NEAR,
     TRAIN,
     VALIDATION,
-    Written,
     decide,
     gather,
     validation_share,
@@ -39,12 +35,12 @@ from fulltune.data.deduplication import choose_bands
 from fulltune.data.ngrams import EvaluationNgrams
 from fulltune.data.records import check_source, source_fingerprint
 from fulltune.errors import ConfigError, DataError, FulltuneError, RunFolderError
+from fulltune.recipes.corpus_manifest import KIND, make_manifest, sum_of
 from fulltune.runtime import num_cores
 from fulltune.tracking import Display, make_display
 from fulltune.train.run_folder import LOCK, locked, write_atomically
 
 MANIFEST, WORKING, PLAN = "manifest.json", ".working", "plan.json"
-KIND = "fulltune corpus"
 CHANGEABLE = ("output", "num_workers")
 """Settings that change no byte of a corpus."""
 
@@ -56,19 +52,6 @@ class Config(CorpusConfig):
     """Folder of the corpus; made new."""
     num_workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that clean and hash; null is one for each core. It changes no byte."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One line of the table at the end."""
-
-    name: str
-    documents_in: int
-    removed: Amount
-    reasons: dict[str, int]
-    examples: list[str]
-    changed: int = 0
-    """Documents that were changed and kept."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +78,8 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
     _check_settings(config)
     _check_folder(folder, config, resume=resume)
     if (folder / MANIFEST).exists():
-        return Result(folder, _read_manifest(folder), already_finished=True)
+        with display or make_display(title=str(folder)) as shown:
+            return _finished_before(folder, shown)
     for source in (*config.source_list, *config.decontaminate.against):
         check_source(source)
     with display or make_display(title=str(folder)) as shown:
@@ -110,6 +94,30 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
             except DataError:
                 _remove_if_nothing_is_done(folder)
                 raise
+
+
+def _finished_before(folder: Path, display: Display) -> Result:
+    """A corpus that is whole, unless a source has changed since; one that is gone is said."""
+    manifest = _read_manifest(folder)
+    display.stage("hashing the sources")
+    for part in (*manifest["sources"], *manifest["evaluation"]):
+        source = part["source"]
+        try:
+            check_source(source)
+            fingerprint = source_fingerprint(source)
+        except FulltuneError as error:
+            display.notice(
+                f"warning: whether `{source}` has changed since the corpus was made is not known: "
+                f"{error}"
+            )
+            continue
+        if fingerprint != part["fingerprint"]:
+            raise RunFolderError(
+                f"`{source}` has changed since the corpus in `{folder}` was made, which is "
+                "finished and does not hold the change",
+                hint="give `output` another name to make a corpus of it as it is now",
+            )
+    return Result(folder, manifest, already_finished=True)
 
 
 def _check_settings(config: Config) -> None:
@@ -163,6 +171,8 @@ def _run(config: Config, folder: Path, plan: dict[str, Any], display: Display) -
         progress=lambda done: display.progress("documents", done, None),
     )
     _check_something_passed(config, tally)
+    if tally.binary.examples:
+        display.notice(_binary_notice(tally.binary))
     display.stage("looking for duplicates")
     documents = gather(config, working, num_chunks)
     decisions = decide(
@@ -178,7 +188,7 @@ def _run(config: Config, folder: Path, plan: dict[str, Any], display: Display) -
         config, decisions, documents, working, num_chunks, finished,
         progress=lambda done, total: display.progress("chunks written", done, total),
     )  # fmt: skip
-    manifest = _make_manifest(config, plan, tally, written, evaluation)
+    manifest = make_manifest(config, plan, tally, written, evaluation)
     for split in written.shards:
         (finished / split).rename(folder / split)
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
@@ -188,19 +198,29 @@ def _run(config: Config, folder: Path, plan: dict[str, Any], display: Display) -
 
 
 def _check_something_passed(config: Config, tally: Tally) -> None:
-    read = _sum(tally.read.values())
+    read = sum_of(tally.read.values())
     if not read.documents:
         names = ", ".join(f"`{source}`" for source in config.source_list)
         raise DataError(f"{names} hold no document", hint="were the files written completely?")
-    removed = tally.length.amount.documents + tally.language.amount.documents
-    if removed == read.documents:
-        reasons = {**tally.length.reasons, **tally.language.reasons}
+    filters = (tally.binary, tally.length, tally.language)
+    if sum(each.amount.documents for each in filters) == read.documents:
+        reasons = {reason: count for each in filters for reason, count in each.reasons.items()}
         raise DataError(
             f"nothing is left of the {read.documents:,} documents: "
             + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()),
             hint="loosen `length` or `languages`, or look at "
-            f"{(tally.length.examples + tally.language.examples)[0]}",
+            f"{next(where for each in filters for where in each.examples)}",
         )
+
+
+def _binary_notice(binary: Removed) -> str:
+    count = binary.amount.documents
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(binary.reasons.items()))
+    return (
+        f"warning: {count:,} {'document is' if count == 1 else 'documents are'} no text and left "
+        f"out ({reasons}): {', '.join(binary.examples)}"
+        + (" ..." if count > len(binary.examples) else "")
+    )
 
 
 # The folder
@@ -319,76 +339,3 @@ def _write_errors(folder: Path) -> Generator[None]:
             hint="free some space, or make it writable, then go on with `--resume`; finished "
             "chunks are kept",
         ) from None
-
-
-# What is said of it
-
-
-def _make_manifest(
-    config: Config,
-    plan: dict[str, Any],
-    tally: Tally,
-    written: Written,
-    evaluation: list[dict[str, Any]],
-) -> dict[str, Any]:
-    stages = _list_stages(config, tally, written)
-    holding = written.removed[EVALUATION].reasons
-    return {
-        "kind": KIND,
-        "version": plan["version"],
-        "sources": [
-            {"source": source, "fingerprint": fingerprint, **asdict(tally.read[source])}
-            for source, fingerprint in plan["sources"].items()
-        ],
-        "evaluation": [
-            {
-                **part,
-                "fingerprint": plan["evaluation"][part["source"]],
-                "documents_removed": holding.get(part["source"], 0),
-            }
-            for part in evaluation
-        ],
-        "settings": plan["settings"],
-        "read": asdict(_sum(tally.read.values())),
-        "stages": [asdict(stage) for stage in stages],
-        "splits": {
-            split: {
-                **asdict(written.amount(split)),
-                "shards": [
-                    {"file": shard.file, **asdict(shard.amount), "sha256": shard.sha256}
-                    for shard in shards
-                ],
-            }
-            for split, shards in written.shards.items()
-        },
-    }
-
-
-def _list_stages(config: Config, tally: Tally, written: Written) -> list[Stage]:
-    left = _sum(tally.read.values()).documents
-    stages = [
-        Stage(
-            "cleaning", left, tally.cleaned_away, dict(sorted(tally.changes.items())),
-            tally.changed_examples, tally.changed,
-        )
-    ]  # fmt: skip
-    steps: Sequence[tuple[str, bool, Removed]] = (
-        ("length", True, tally.length),
-        ("language", config.languages is not None, tally.language),
-        (EXACT, config.exact_duplicates, written.removed[EXACT]),
-        (NEAR, config.near_duplicates.threshold is not None, written.removed[NEAR]),
-        (EVALUATION, bool(config.decontaminate.against), written.removed[EVALUATION]),
-    )
-    for name, wanted, removed in steps:
-        if wanted:
-            reasons = dict(sorted(removed.reasons.items()))
-            stages.append(Stage(name, left, removed.amount, reasons, removed.examples))
-            left -= removed.amount.documents
-    return stages
-
-
-def _sum(amounts: Any) -> Amount:
-    total = Amount()
-    for amount in amounts:
-        total.merge(amount)
-    return total

@@ -20,7 +20,13 @@ from fulltune.data.sentence_pairs import SentencePairsConfig
 from fulltune.data.unknown_tokens import unknown_token_id
 from fulltune.errors import AssetError, ConfigError, ModelError, near_names
 from fulltune.models.families import Family, family_of
-from fulltune.models.loading import Head, context_length, load_model_config, load_tokenizer
+from fulltune.models.loading import (
+    UNLIMITED_CONTEXT,
+    Head,
+    context_length,
+    load_model_config,
+    load_tokenizer,
+)
 from fulltune.models.presets import PRESETS, is_new_model, make_config, make_model
 from fulltune.models.sources import resolve_model
 from fulltune.models.warm_start import converted_xlnet
@@ -115,7 +121,8 @@ class Kind:
     """Settings of `ObjectiveConfig` that have an effect."""
     needs: str | None = None
     """The field of `Family` that a model without the head has empty."""
-    metrics: tuple[str, ...] = ("masked_accuracy",)
+    metrics: tuple[str, ...] = ("target_accuracy",)
+    """What is measured besides the loss and its perplexity."""
 
 
 def _causal_lm(
@@ -151,7 +158,14 @@ def _permutation_lm(
 
 OBJECTIVES: dict[str, Kind] = {
     "causal_lm": Kind("causal_lm", ("gpt",), _causal_lm, ("stream", "fim_rate"), metrics=()),
-    "masked_lm": Kind("masked_lm", ("bert",), _masked_lm, ("masking",), needs="predict_masked"),
+    "masked_lm": Kind(
+        "masked_lm",
+        ("bert",),
+        _masked_lm,
+        ("masking",),
+        needs="predict_masked",
+        metrics=("masked_accuracy",),
+    ),
     "sentence_pairs": Kind(
         "sentence_order",
         ("bert",),
@@ -211,7 +225,7 @@ def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, Pret
         base = _open_trained(config)
         if config.convert_to is not None:
             base = _converted(base, config.seed)
-        kind = _kind_for(chosen, family_of(base.config), base.config.model_type)
+        kind = _kind_for(config, family_of(base.config), base.config.model_type)
     else:
         if config.convert_to is not None:
             raise ConfigError(
@@ -226,13 +240,13 @@ def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, Pret
         path = tokenizer_folder(config.tokenizer)
         tokenizer = load_tokenizer(path)
         new = make_config(config.model, tokenizer, config.architecture)
-        kind = _kind_for(chosen, family_of(new), new.model_type)
+        kind = _kind_for(config, family_of(new), new.model_type)
         if with_weights:
             path = make_model(new, tokenizer, head=kind.head, seed=config.seed)
         base = Base(path, new, tokenizer)
     context = context_length(base.config)
     length = chosen.length or min(context, DEFAULT_LENGTH)
-    if length > context:
+    if length > context and context < UNLIMITED_CONTEXT:
         raise ConfigError(
             f"`objective.length` is {length:,}, but the model's context is {context:,} tokens",
             hint=f"give at most {context}",
@@ -290,7 +304,8 @@ def _converted(bert: Base, seed: int) -> Base:
     return Base(path, load_model_config(path), load_tokenizer(path), source=bert.path)
 
 
-def _kind_for(chosen: ObjectiveConfig, family: Family, model_type: str) -> Kind:
+def _kind_for(config: Config, family: Family, model_type: str) -> Kind:
+    chosen, metric = config.objective, config.evaluate.metric
     possible = objectives_of(family)
     name: str = chosen.name or next(iter(possible))
     if name not in possible:
@@ -301,6 +316,13 @@ def _kind_for(chosen: ObjectiveConfig, family: Family, model_type: str) -> Kind:
             hint=f"it can do {', '.join(f'`{each}`' for each in possible)}{also}",
         )
     kind = possible[name]
+    others = {metric for other in OBJECTIVES.values() for metric in other.metrics}
+    if metric in others - set(kind.metrics):
+        measured = ("loss", "perplexity", *kind.metrics)
+        raise ConfigError(
+            f"`evaluate.metric` is `{metric}`, which `objective.name: {name}` does not measure",
+            hint=f"it measures {', '.join(f'`{each}`' for each in measured)}",
+        )
     for key, field in ObjectiveConfig.model_fields.items():
         unused = key not in ("name", "length", *kind.settings)
         if unused and getattr(chosen, key) != field.default:

@@ -18,6 +18,7 @@ from fulltune.data.tokenizers import (
     INFO_FILE,
     TokenizerConfig,
     check_output,
+    readable_piece,
     train_tokenizer,
     write_tokenizer,
 )
@@ -44,7 +45,7 @@ class Extended:
 
     folder: Path
     pieces: dict[str, list[str]]
-    """Each new token -> the tokens that stood for it before."""
+    """Each new token -> the tokens that stood for it before, as readable text."""
     vocab_size: int
     """Rows of the embeddings now."""
 
@@ -178,12 +179,11 @@ def extend(model: str, tokens: Sequence[str], output: Path) -> Extended:
     check_output(output)
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
-    old_names = {number: token for token, number in tokenizer.get_vocab().items()}
     pieces_of_id = add_tokens(tokenizer, tokens)
     loaded = load_as_saved(folder)
     grow_embeddings(loaded, pieces_of_id)
     pieces = {
-        token: [old_names[piece] for piece in ids]
+        token: [readable_piece(tokenizer, piece) for piece in ids]
         for token, ids in zip(tokens, pieces_of_id.values(), strict=True)
     }
     with writing(output), built_whole(output) as building:

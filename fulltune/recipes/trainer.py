@@ -43,6 +43,7 @@ from fulltune.train.interruption import agreed, caught_signals
 from fulltune.train.loop import Ending, Progress, every, fit
 from fulltune.train.ranks import from_all_ranks, on_all_ranks, on_main_rank
 from fulltune.train.step import MicroBatch, train_step
+from fulltune.train.trial import require_trainable, require_trainable_in, tried
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +86,10 @@ class Trainer:
             )
         self.masters = MasterWeights(self.model, precision.dtype)
         self.kernels = install_fast_kernels(self.model)
+        on_all_ranks(
+            runtime,
+            lambda: require_trainable_in(precision.dtype, self.model, self.objective, self.masters),
+        )
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         self.num_trained = sum(tensor.numel() for tensor in self.masters.tensors())
         if not self.num_trained:
@@ -167,7 +172,9 @@ class Trainer:
             grow_embeddings(model, self.base.new_tokens)
         torch.nn.Module.to(model, self.runtime.device)  # in place
         if self.objective.head == "causal_lm":
-            require_plain_head(model)
+            with tried(model):
+                require_plain_head(model)
+                require_trainable(model, self.objective)
         if self.objective.head == "sequence_to_sequence":
             require_plain_decoder_head(model)
         return model

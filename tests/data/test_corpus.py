@@ -5,17 +5,18 @@ from __future__ import annotations
 import gzip
 import itertools
 import random
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fulltune.data.binary import find_binary
 from fulltune.data.cleaning import (
     CleaningConfig,
     LanguageFilter,
     LengthConfig,
-    check_is_text,
     clean,
     refusal_by_length,
 )
@@ -102,11 +103,17 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
 
 
 def test_binary_junk_and_half_characters_are_named() -> None:
-    with pytest.raises(DataError, match=r"x\.jsonl:3: 3 of 6 .* character 2 \(U\+0000\)"):
-        check_is_text("a\x00b\x00c\x01", "x.jsonl:3")
-    with pytest.raises(DataError, match=r"x\.jsonl:4: holds half a character"):
-        check_is_text("a\ud800", "x.jsonl:4")
-    check_is_text("one stray \x00 in a long text is cleaned away", "x.jsonl:5")
+    for text, reason, message in (
+        ("a\x00b\x00c\x01", "control characters", "3 of 6 .* character 2 \\(U\\+0000\\)"),
+        ("a\ud800", "half a character", "holds half a character"),
+        ("中\udcff文", "not UTF-8", "not UTF-8: holds the byte 0xff"),
+    ):
+        found = find_binary(text, "x.jsonl:3")
+        assert found is not None
+        assert found.reason == reason
+        assert re.match(f"x\\.jsonl:3: .*{message}", "x.jsonl:3: " + found.message)
+        assert found.hint
+    assert find_binary("one stray \x00 in a long text is cleaned away", "x.jsonl:5") is None
 
 
 # -- duplicates ------------------------------------------------------------------------------------

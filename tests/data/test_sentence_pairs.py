@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fulltune.data.boundaries import sentence_starts
 from fulltune.data.encoding import SENTENCE_START
+from fulltune.data.sections import Sections
 from fulltune.data.sentence_pairs import Pair, SentencePairs, SentencePairsConfig, draw_pairs
 from fulltune.errors import DataError
 from tests.conftest import DocumentsInMemory, encoded_example
@@ -218,3 +219,37 @@ def test_sentences_end_where_a_reader_sees_it(text: str, sentences: list[str]) -
         found += [""] if start else []
         found[-1] += text[first]
     assert found == ["".join(sentence.split()) for sentence in sentences]
+
+
+def pairs_of_sections(documents: DocumentsInMemory, rows: Sequence[int]) -> SentencePairs:
+    return SentencePairs(
+        Sections(documents, 20), rows, SentencePairsConfig(copies=30), max_length=23,
+        start_id=START, separator_id=SEPARATOR, seed=0,
+    )  # fmt: skip
+
+
+def test_a_wrong_next_sentence_is_of_another_document_where_sections_are_split() -> None:
+    documents = make_documents([[5] * 20, [5] * 8, [4] * 10])  # 5, 2 and 2 sections
+    rows = [0, 1, 3, 5, 6, 7, 8]
+    pairs = pairs_of_sections(documents, rows)
+    seen = set()
+    for index in range(len(pairs)):
+        pair = pairs.pair(index)
+        first, second = (pairs[index]["input_ids"][place] // 1000 for place in (1, -2))
+        assert (first == second) == (pair.label == 0)
+        seen.add((first, second))
+    assert seen == {(a, b) for a in (1, 2, 3) for b in (1, 2, 3)}
+
+
+def test_of_one_document_a_wrong_next_sentence_is_not_of_the_section_that_follows() -> None:
+    rows = [0, 1, 2, 4]
+    pairs = pairs_of_sections(make_documents([[5] * 20]), rows)
+    drawn = {
+        (rows[pair.first.document], rows[pair.second.document])
+        for pair in map(pairs.pair, range(len(pairs)))
+        if pair.label == 1
+    }
+    everything = {(a, b) for a in rows for b in rows}
+    assert drawn == everything - {(0, 0), (1, 1), (2, 2), (4, 4), (0, 1), (1, 2)}
+    with pytest.raises(DataError, match="no other one to draw wrong next sentences from"):
+        pairs_of_sections(make_documents([[5] * 20]), [2, 3])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fulltune.data.sections import Sections
 from fulltune.data.streams import TokenStream
 from fulltune.errors import DataError
 from tests.conftest import DocumentsInMemory, encoded_example
@@ -116,3 +118,42 @@ def test_a_short_last_window_is_kept_unless_nothing_in_it_can_be_predicted() -> 
 def test_too_little_text_for_one_window_is_said() -> None:
     with pytest.raises(DataError, match="0 documents of this split have 0 tokens"):
         TokenStream(make_documents([10]), [], 0, window_tokens=64, end_id=END)
+
+
+def test_sections_of_a_document_follow_each_other_without_an_end_between() -> None:
+    documents = make_documents([25, 7, 40])
+    sections = Sections(documents, 10)  # 3, 1 and 4 of them
+    for seed in range(20):
+        kept = [index for index in range(len(sections)) if index not in (1, 7)]
+        stream = TokenStream(sections, kept, seed, window_tokens=8, end_id=END)
+        tokens = [token for index in range(len(stream)) for token in stream[index]["input_ids"]]
+        ends = [tokens[place - 1] for place, token in enumerate(tokens) if token == END]
+        # The third document's last section is not among them, so that its end is not either.
+        assert sorted(ends) == [24, 1006]
+        texts = [token for token in tokens if token != END]
+        for document, held in ((0, 15), (1, 7), (2, 30)):
+            own = [token for token in texts if token // 1000 == document]
+            assert own == sorted(own)
+            assert len(own) == held
+        changes = sum(a // 1000 != b // 1000 for a, b in pairwise(texts))
+        assert changes == 2
+    orders = {
+        tuple(TokenStream(sections, range(8), seed, window_tokens=75, end_id=END)[0]["input_ids"])
+        for seed in range(20)
+    }
+    assert len(orders) == 6
+
+
+def test_sections_keep_the_bytes_and_boundaries_of_their_tokens() -> None:
+    documents = make_documents([25, 7, 40])
+    for example in documents.examples:
+        example["boundaries"] = [token % 7 for token in example["input_ids"]]
+    stream = TokenStream(
+        Sections(documents, 10), range(8), 3, window_tokens=9, end_id=END, boundaries=True
+    )
+    for index in range(len(stream)):
+        window = stream[index]
+        assert window["boundaries"] == [
+            0 if token == END else token % 7 for token in window["input_ids"]
+        ]
+    assert sum(map(int, stream.lengths)) == 25 + 7 + 40 + 3

@@ -186,6 +186,27 @@ def test_rare_characters_beyond_the_coverage_are_unknown() -> None:
     assert statistics.coverage == pytest.approx(11 / 12)
 
 
+def test_of_a_run_of_characters_only_the_rare_one_is_unknown() -> None:
+    """Chinese is not written in words: all of a clause is one run."""
+    clauses = ["春天来了河边的柳树发出新芽", "老人坐在门前晒着太阳", "孩子们跑到田野里放风筝"]
+    # Two characters that stand in one clause alone, and there is no text without a rare one.
+    documents = [
+        clause * 3 + chr(0x9F00 + number) + clause for number, clause in enumerate(clauses)
+    ]
+    characters = {character for clause in clauses for character in clause}
+    values = {
+        "family": "xlnet", "vocab_size": 10 + len(characters) + 3, "character_coverage": 0.97
+    }  # fmt: skip
+    tokenizer = train_tokenizer(documents, build_config(TokenizerConfig, values))
+    for document in documents:
+        tokens = tokenizer.convert_ids_to_tokens(
+            tokenizer.encode(document, add_special_tokens=False)
+        )
+        assert tokens.count("<unk>") == 1
+        assert characters >= set("".join(token for token in tokens if token != "<unk>")) - {"▁"}
+        assert measure_tokenizer(tokenizer, [document]).coverage == 1 - 1 / len(document)
+
+
 TRAIN_IN_A_PROCESS = """
 import hashlib, sys
 from fulltune.data.tokenizers import TokenizerConfig, train_tokenizer

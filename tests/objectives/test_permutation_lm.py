@@ -137,7 +137,7 @@ def test_no_prediction_changes_with_its_own_token_or_with_later_ones(
 ) -> None:
     """Through all layers of a real model: nothing leaks, and the earlier targets are read."""
     objective = PermutationLM(
-        TOKENIZER, 64, PermutationConfig(predict_share=0.5, perm_size=perm_size)
+        TOKENIZER, 64, PermutationConfig(evaluate_share=0.5, perm_size=perm_size)
     )
     batch = objective.collate([make_example(random_ids(length, seed), seed=seed)])
     # Large weights, so that what is read shows.
@@ -223,9 +223,30 @@ def test_85_of_512_tokens_are_predicted() -> None:
     assert (batch["target_mapping"].sum(-1) == 1).all()
 
 
+def test_of_held_out_text_a_share_of_its_own_is_predicted() -> None:
+    """So the losses of runs that train with different shares are of the same targets."""
+    text = random_ids(60, 0)
+
+    def batches(**shares: float) -> list[Batch]:
+        objective = PermutationLM(TOKENIZER, 64, PermutationConfig(**shares))
+        return [
+            objective.collate([{**make_example(text), "noise_seed": 1}]),
+            objective.collate([make_example(text)]),
+        ]
+
+    (low, held_out), (high, same), (_, dense) = (
+        batches(predict_share=0.1), batches(predict_share=0.5),
+        batches(predict_share=0.1, evaluate_share=0.5),
+    )  # fmt: skip
+    counts = [len(batch["target_ids"]) for batch in (low, held_out, high, same, dense)]
+    assert counts == [6, 10, 30, 10, 30]
+    assert torch.equal(held_out["target_mapping"], same["target_mapping"])
+    assert torch.equal(held_out["perm_mask"], same["perm_mask"])
+
+
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_the_first_target_always_has_something_to_see(length: int) -> None:
-    objective = PermutationLM(TOKENIZER, 8, PermutationConfig(predict_share=1))
+    objective = PermutationLM(TOKENIZER, 8, PermutationConfig(evaluate_share=1))
     batch = objective.collate([make_example(random_ids(length, length))])
     assert objective.num_targets(batch) == length - 1
     rows = batch["target_mapping"][0].argmax(-1)[: length - 1]
@@ -447,7 +468,7 @@ def test_the_second_of_a_pair_is_read_off_the_first_unless_targets_are_masked_in
     the content stream, so that no target ever sees another.
     """
     num_symbols, first_symbol = 30, 100
-    objective = PermutationLM(TOKENIZER, 16, PermutationConfig(predict_share=1))
+    objective = PermutationLM(TOKENIZER, 16, PermutationConfig(evaluate_share=1))
 
     def collate(seed: int, *, masked: bool) -> Batch:
         symbols = np.random.default_rng(seed).integers(num_symbols, size=64) + first_symbol

@@ -212,7 +212,7 @@ def test_every_target_sees_something_and_none_sees_itself(
 
 
 def test_spans_of_reversed_text_begin_where_words_do(tokenizer: PreTrainedTokenizerBase) -> None:
-    objective = PermutationLM(tokenizer, 400, PermutationConfig(backward=True, predict_share=0.05))
+    objective = PermutationLM(tokenizer, 400, PermutationConfig(backward=True, evaluate_share=0.05))
     documents = documents_for(objective)
     examples = objective.arrange(documents, range(30), seed=0)
     starts = word_starts(tokenizer)
@@ -239,7 +239,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> XLNetLMHeadModel:
 def test_what_is_reused_is_predicted_without_what_follows_it(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    objective = PermutationLM(tokenizer, 40, PermutationConfig(reuse_length=20, predict_share=0.5))
+    objective = PermutationLM(tokenizer, 40, PermutationConfig(reuse_length=20, evaluate_share=0.5))
     documents = documents_for(objective)
     batch = objective.collate([objective.arrange(documents, range(30), seed=0)[2]])
     places = batch["target_mapping"][0].argmax(-1)

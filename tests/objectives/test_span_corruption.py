@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from fulltune.config import build_config
 from fulltune.data.tasks import TextExample
-from fulltune.errors import DataError, ModelError
+from fulltune.errors import ConfigError, DataError, ModelError
 from fulltune.objectives.span_corruption import (
     SpanConfig,
     SpanCorruption,
@@ -207,7 +209,7 @@ def test_sentinels_count_down_from_the_top_of_the_vocabulary() -> None:
 
 
 def test_missing_sentinels_and_sentinels_in_the_text_are_said() -> None:
-    with pytest.raises(ModelError, match=r"0 sentinels.* have 28 spans"):
+    with pytest.raises(ModelError, match=r"0 sentinels.* up to 28 spans"):
         SpanCorruption(make_tokenizer(0), 512)
     with pytest.raises(ModelError, match="27 sentinels"):
         SpanCorruption(make_tokenizer(27), 512)
@@ -288,3 +290,57 @@ def test_eight_texts_are_learned_by_heart() -> None:
     model = make_model(d_model=64, d_kv=16, d_ff=128, feed_forward_proj="gated-gelu")
     batch = objective.collate(examples)
     learn_by_heart(objective, model, batch, steps=150, lr=3e-3, weight_decay=0.0)
+
+
+def test_noise_leaves_enough_text_for_windows_to_end() -> None:
+    """A window is text until what is kept of it fills the inputs."""
+    with pytest.raises(ConfigError, match=r"`noise_density` .* at most 0\.9"):
+        build_config(SpanConfig, {"noise_density": 0.999})
+    spans = SpanConfig(noise_density=0.9, mean_length=64)
+    objective = SpanCorruption(make_tokenizer(), 512, spans)
+    assert objective.window_tokens == 4484  # not 5,110: a sentinel stands for each span
+
+
+@pytest.mark.parametrize(
+    ("length", "spans", "modes"),
+    [
+        (4096, {}, False),
+        (1000, {"noise_density": 0.5}, False),
+        (1000, {"mixture": "ul2"}, True),
+        (2**20, {}, False),
+    ],
+)
+def test_what_is_said_of_too_long_inputs_is_what_is_possible(
+    length: int, spans: dict[str, Any], modes: bool
+) -> None:
+    tokenizer = make_tokenizer(modes=modes)
+
+    def make(length: int, **more: Any) -> SpanCorruption:
+        return SpanCorruption(tokenizer, length, SpanConfig(**{**spans, **more}))
+
+    with pytest.raises(ModelError, match=f"`objective.length: {length}` reads") as caught:
+        make(length)
+    said = re.findall(r"`(objective\.[\w.]+)` to (\d+)", str(caught.value.hint))
+    values = {name: int(value) for name, value in said}
+    longest = values.pop("objective.length")
+    make(longest)
+    with pytest.raises(ModelError):
+        make(longest + 1)
+    if modes:
+        assert not values
+        return
+    mean_length = values.pop("objective.spans.mean_length")
+    make(length, mean_length=mean_length)
+    with pytest.raises(ModelError):
+        make(length, mean_length=mean_length - 1)
+
+
+@given(st.integers(8, 600), st.floats(0.01, 0.9), st.floats(1, 70) | st.none())
+def test_the_most_text_that_fits_is_found(
+    length: int, density: float, mean_length: float | None
+) -> None:
+    denoiser = Denoiser(density, mean_length)
+    tokens = 2
+    while denoiser.lengths(tokens + 1)[0] <= length:
+        tokens += 1
+    assert raw_length(length, denoiser)[0] == tokens

@@ -14,6 +14,8 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from fulltune.config import build_config, dump_config
@@ -87,7 +89,7 @@ def test_a_corpus_counts_and_names_all_that_it_removed() -> None:
     )
     manifest = corpus.run(config).manifest
     assert stages(manifest) == {
-        "cleaning": 0, "length": 2, "exact duplicates": 2, "near duplicates": 2,
+        "binary": 0, "cleaning": 0, "length": 2, "exact duplicates": 2, "near duplicates": 2,
         "evaluation data": 1,
     }  # fmt: skip
     by_name = {stage["name"]: stage for stage in manifest["stages"]}
@@ -213,13 +215,141 @@ def test_no_other_folder_is_written_into(here: Path) -> None:
     assert os.listdir("mine") == ["notes.txt"]
 
 
+def test_a_finished_corpus_is_not_taken_for_one_of_sources_that_changed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("raw").mkdir()
+    write_rows("raw/a.jsonl", make_texts(20))
+    write_rows("evaluation.jsonl", [" ".join(WORDS)])
+    config = make_config(sources="raw", decontaminate={"against": ["evaluation.jsonl"]})
+    corpus.run(config)
+    assert corpus.run(config, resume=True).already_finished
+    write_rows("raw/b.jsonl", make_texts(2, seed=1))  # another file
+    with pytest.raises(RunFolderError, match="`raw` has changed since the corpus in `out`"):
+        corpus.run(config, resume=True)
+    Path("raw/b.jsonl").unlink()
+    write_rows("raw/a.jsonl", make_texts(20, seed=1))  # as large, with other content
+    with pytest.raises(RunFolderError, match="`raw` has changed"):
+        corpus.run(config, resume=True)
+    write_rows("raw/a.jsonl", make_texts(20))
+    write_rows("evaluation.jsonl", [" ".join(WORDS[::-1])])
+    with pytest.raises(RunFolderError, match=r"`evaluation\.jsonl` has changed"):
+        corpus.run(config, resume=True)
+    write_rows("evaluation.jsonl", [" ".join(WORDS)])
+    Path("raw/a.jsonl").unlink()  # raw text may be deleted once it is prepared
+    capsys.readouterr()
+    assert corpus.run(config, resume=True).already_finished
+    assert "whether `raw` has changed since the corpus was made is not known" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_source_that_changed_is_not_mixed_with_finished_chunks() -> None:
     write_rows("raw.jsonl", [*make_texts(5000), "bad \x00\x00\x00\x00"])
     with pytest.raises(DataError, match=r"raw\.jsonl:5001: .* this is no text"):
-        corpus.run(make_config())
+        corpus.run(make_config(binary="error"))
     write_rows("raw.jsonl", make_texts(5000))
     with pytest.raises(RunFolderError, match=r"`raw\.jsonl` has changed"):
-        corpus.run(make_config(), resume=True)
+        corpus.run(make_config(binary="error"), resume=True)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_documents_that_are_no_text_are_left_out_and_counted(
+    num_workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = make_texts(30)
+    rows = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts]
+    bad = [
+        b'{"text": "caf\xe9 au lait"}',
+        '{"text": "中文'.encode() + b'\xff"}',
+        b"\x00" * 64,
+        b'{"text": "one raw \x00 among many good characters, which is not JSON"}',
+        b'{"text": "\\u0000\\u0001\\u0002abc"}',
+        b'{"text": "half a character \\ud83d"}',
+        b'{"te\xfft": "a damaged name of a column"}',
+        b"\xff\xfe\xfd{",
+    ]
+    Path("raw.jsonl").write_bytes(b"\n".join([rows[0], *bad, *rows[1:]]) + b"\n")
+    manifest = corpus.run(make_config(num_workers=num_workers)).manifest
+    binary = manifest["stages"][0]
+    assert binary["name"] == "binary"
+    assert binary["removed"]["documents"] == len(bad)
+    assert binary["reasons"] == {
+        "not UTF-8": 4, "control characters": 3, "half a character": 1
+    }  # fmt: skip
+    assert binary["examples"] == ["raw.jsonl:2", "raw.jsonl:3"]
+    assert manifest["read"]["documents"] == 38
+    kept = [
+        row.fields["text"] for side in manifest["splits"] for row in read_records(f"out/{side}")
+    ]
+    assert sorted(kept) == sorted(texts)
+    assert "8 documents are no text and left out" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"raw\.jsonl:2: not UTF-8: byte 14 is 0xe9"):
+        corpus.run(make_config(output="strict", binary="error"))
+
+
+@pytest.mark.parametrize("name", ["raw.csv", "raw.tsv", "raw.txt", "raw.parquet", "raw.arrow"])
+def test_a_row_that_is_no_text_is_left_out_of_every_format(name: str) -> None:
+    texts = make_texts(20)
+    values = [text.encode() for text in texts]
+    values.insert(3, b"broken \xff\xfe text")
+    values.insert(6, b'binary "\x00\xff, and\x80' if name == "raw.csv" else b"\x00\x01\x02\xff")
+    if name in ("raw.parquet", "raw.arrow"):
+        column = pa.array(values, pa.binary()).cast(pa.large_binary())
+        # A column of text, as writers that check nothing leave it.
+        text = pa.LargeStringArray.from_buffers(len(column), *column.buffers()[1:])
+        table = pa.table({"text": text})
+        if name == "raw.parquet":
+            pyarrow.parquet.write_table(table, name)
+        else:
+            with pa.OSFile(name, "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+    else:
+        header = b"" if name == "raw.txt" else b"text\n"
+        Path(name).write_bytes(header + b"\n".join(values) + b"\n")
+    manifest = corpus.run(make_config(sources=name, documents="line")).manifest
+    assert stages(manifest)["binary"] == 2
+    kept = [
+        row.fields["text"] for side in manifest["splits"] for row in read_records(f"out/{side}")
+    ]
+    assert sorted(kept) == sorted(texts)
+    with pytest.raises(DataError, match=rf"{name}:\d+: .*not UTF-8"):
+        corpus.run(make_config(sources=name, documents="line", binary="error", output="strict"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "documents", "message", "hint"),
+    [
+        ("raw.jsonl", "".join(f'{{"text": "床前明月光{n}"}}\n' for n in range(9)).encode("gbk"),
+         "file", r"all of the 9 documents of `raw\.jsonl` are no text; raw\.jsonl:1: not UTF-8",
+         "iconv -f GB18030"),
+        ("raw.jsonl", "".join(f'{{"text": "text {n}"}}\n' for n in range(9)).encode("utf-16"),
+         "file", r"documents of `raw\.jsonl` are no text", "iconv -f UTF-16"),
+        ("raw.txt", bytes(range(256)) * 9, "line", r"documents of `raw\.txt` are no text", ""),
+        ("raw.txt", "一本书。\n".encode() * 9 + "第二\n".encode("gbk"), "file",
+         r"raw\.txt:10: not UTF-8", "iconv -f GB18030"),
+        ("raw.txt", b"\x00\x01\x02" * 99, "file", r"raw\.txt:1: 297 of 297 characters", ""),
+        ("raw.csv", "text\n一\n二\n".encode("utf-16"), "file", r"raw\.csv:1: not UTF-8",
+         "iconv -f UTF-16"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_text_at_all_is_an_error(
+    name: str, content: bytes, documents: str, message: str, hint: str
+) -> None:
+    Path("good.jsonl").write_text('{"text": "good"}\n{"text": "better"}\n{"text": "best"}\n')
+    Path(name).write_bytes(content)
+    config = make_config(sources=["good.jsonl", name], documents=documents)
+    with pytest.raises(DataError, match=message) as error:
+        corpus.run(config)
+    assert hint in str(error.value.hint)
+
+
+def test_of_a_large_file_that_is_no_text_not_all_is_read() -> None:
+    with Path("raw.jsonl").open("wb") as file:
+        for _ in range(20_000):
+            file.write(b"\xff\x00\n")
+    with pytest.raises(DataError, match=r"all of the first 4,096 documents of `raw\.jsonl`"):
+        corpus.run(make_config())
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,39 @@ def test_what_only_next_token_prediction_has_is_refused_by_others(
     assert not (tmp_path / "run").exists()
 
 
+ACCURACIES = {"masked_accuracy", "target_accuracy", "sentence_accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "name", "measured"),
+    [
+        ("gpt2-tiny", "tiny_gpt2", "causal_lm", set()),
+        ("bert-tiny", "tiny_bert", "masked_lm", {"masked_accuracy"}),
+        ("bert-tiny", "tiny_bert", "sentence_pairs", {"masked_accuracy", "sentence_accuracy"}),
+        ("xlnet-tiny", "tiny_bert", "permutation_lm", {"target_accuracy"}),
+        ("t5-tiny", "tiny_sentinels", "span_corruption", {"target_accuracy"}),
+    ],
+)
+def test_what_an_objective_measures_is_called_what_it_is(
+    request: pytest.FixtureRequest, tmp_path: Path, corpus: Path, model: str, tokenizer: str,
+    name: str, measured: set[str],
+) -> None:  # fmt: skip
+    def config(folder: str, **evaluation: Any) -> pretrain.Config:
+        return make_config(
+            tmp_path / folder, corpus, request.getfixturevalue(tokenizer), model,
+            objective={"name": name, "length": 48}, duration="2 steps",
+            evaluate={"every": "2 steps", **evaluation},
+        )  # fmt: skip
+
+    result = pretrain.run(config("run", **({"metric": min(measured)} if measured else {})))
+    assert ACCURACIES & set(result.metrics) == measured
+    for other in ACCURACIES - measured:
+        with pytest.raises(ConfigError, match=f": {name}` does not measure") as caught:
+            pretrain.run(config("other", metric=other))
+        assert "`loss`, `perplexity`" in str(caught.value.hint)
+        assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_label_smoothing_z_loss_and_retention_have_their_effect_on_gpt(
     tmp_path: Path, corpus: Path, tiny_gpt2: Path, stream: bool

@@ -18,7 +18,7 @@ from transformers import (
 
 from fulltune.cli import main
 from fulltune.config import build_config
-from fulltune.data.tokenizers import TokenizerConfig
+from fulltune.data.tokenizers import TokenizerConfig, readable_piece
 from fulltune.errors import ConfigError, DataError, FulltuneError
 from fulltune.models.loading import load_model
 from fulltune.recipes import tokenizer as recipe
@@ -247,3 +247,40 @@ def test_the_command_line_trains_compares_and_extends(
     code, out, _ = say("extend", tiny_llama, "--add", "光合作用", "--output", grown, "--json")
     assert code == 0
     assert list(json.loads(out)["added"]) == ["光合作用"]
+
+
+def test_old_pieces_are_shown_as_the_text_they_stand_for(
+    tiny_llama: Path,
+    tiny_bert: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = "".join(json.dumps({"text": "the red house 北京"}) + "\n" for _ in range(99))
+    (tmp_path / "text.jsonl").write_text(rows, encoding="utf-8")
+    for family, algorithm, size in (("gpt", "bpe", 273), ("gpt", "unigram", 19)):
+        folder = tmp_path / algorithm
+        values = {"family": family, "algorithm": algorithm, "vocab_size": size}
+        recipe.train(
+            [str(tmp_path / "text.jsonl")], folder, build_config(TokenizerConfig, values)
+        )  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for text in (" the red 北京 house", " 龘"):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            pieces = [readable_piece(tokenizer, number) for number in ids]
+            if text != " 龘":
+                assert "".join(pieces) == text
+            elif algorithm == "bpe":
+                assert pieces == [" ", "\\xe9", "\\xbe", "\\x98"]
+    bert = AutoTokenizer.from_pretrained(tiny_bert)
+    ids = bert.encode("rivers", add_special_tokens=False)
+    assert [readable_piece(bert, number) for number in ids] == bert.convert_ids_to_tokens(ids)
+    command = ["tokenizer", "extend", str(tiny_llama), "--add", " 中国", "--output"]
+    monkeypatch.setattr(sys, "argv", ["fulltune", *command, str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert "ä" not in said
+    assert "Ġ" not in said
+    assert "` `" in said
