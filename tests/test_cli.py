@@ -25,6 +25,7 @@ from fulltune.config import list_keys, list_settings, load_config
 from fulltune.data.tasks import TASKS
 from fulltune.models.families import FAMILIES
 from fulltune.recipes import finetune
+from fulltune.recipes.chain_steps import KINDS
 
 VERBS = ("demo", "preview", "finetune", "pretrain", "chain", "corpus", "evaluate", "predict",
          "chat", "report", "attention", "settings", "tasks", "models", "assets")  # fmt: skip
@@ -152,6 +153,64 @@ def test_settings_without_effect_on_pretraining_are_not_offered(say: Say) -> Non
     assert "task.labels" not in rows
     assert "task.template" not in rows
     assert "task.labels" in {row["key"] for row in json.loads(say("settings", "--json")[1])}
+
+
+def test_the_kinds_of_step_of_a_chain_are_listed_with_their_settings(say: Say) -> None:
+    code, output, _ = say("settings", "chain", "--json")
+    rows = {row["key"]: row for row in json.loads(output)}
+    assert code == 0
+    for kind, has_verb in {
+        "corpus": True, "tokenizer": False, "pretrain": True, "finetune": True, "evaluate": False
+    }.items():  # fmt: skip
+        own = set(rows) & {f"{kind}.{key}" for key in list_keys(KINDS[kind].settings)}
+        if has_verb:
+            assert f"`fulltune settings {kind}`" in rows[kind]["kind"]
+            assert say("settings", kind)[0] == 0
+            assert own == set()
+        else:
+            assert len(own) == len(list_keys(KINDS[kind].settings))
+    assert set(KINDS) <= set(rows)
+    assert all(
+        row["default"] and row["kind"] and row["meaning"].endswith(".") for row in rows.values()
+    )
+    code, output, _ = say("settings", "chain", columns=80)
+    assert max(map(len, output.splitlines())) <= 80
+
+
+FILES = {
+    "chain": "steps: [{evaluate: {model: runs/mine}}]",
+    "corpus": "{sources: book.txt, output: corpus}",
+    "finetune": "{model: runs/mine, task: {kind: chat, train: a.jsonl}, run_dir: runs/a}",
+    "pretrain": "{model: runs/mine, objective: {length: 64}, task: {kind: text, train: a.txt}, "
+    "run_dir: runs/a}",
+}
+
+
+@pytest.mark.parametrize("verb", [*FILES, "preview"])
+@pytest.mark.parametrize("written_for", FILES)
+def test_a_file_given_to_another_verb_is_answered_with_the_verb_that_it_is_for(
+    say: Say, tmp_path: Path, verb: str, written_for: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(FILES[written_for], encoding="utf-8")
+    code, output, errors = say(verb, path)
+    assert (code, output) == (2, "")  # none of the data is there
+    if verb == written_for or (verb == "preview" and written_for in ("finetune", "pretrain")):
+        assert "is a file for" not in errors
+    elif (verb, written_for) == ("pretrain", "finetune"):
+        assert "`task.kind` is `chat`" in errors
+        assert "fulltune finetune" in errors
+    else:
+        error, hint = errors.splitlines()
+        assert error.startswith(f"error: `{path}` is a file for `fulltune {written_for}`: it has ")
+        assert hint == f"hint: run `fulltune {written_for} {path}`"
+
+
+def test_the_size_of_a_new_model_is_not_looked_for_by_finetune(say: Say, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("{model: gpt2-tiny, task: {kind: text, train: a.txt}, run_dir: a}", "utf-8")
+    _, _, errors = say("finetune", path)
+    assert "is a file for `fulltune pretrain`: it has the size of a new model" in errors
 
 
 def test_an_answer_is_shown_under_all_turns_of_its_prompt(

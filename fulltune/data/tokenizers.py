@@ -135,24 +135,16 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> PreTra
 
     from fulltune.data import vocabularies
 
+    check_vocabulary_size(config)
     family = FAMILY_TOKENS[config.family]
     algorithm = config.algorithm or family.algorithm
-    special_tokens = list(family.special_tokens)
-    unknown = family.unknown
+    special_tokens, unknown = _special_tokens(config)
     names = dict(family.names)
-    if unknown is None and algorithm != "bpe":
-        unknown = names["unk_token"] = "<unk>"
-        special_tokens.append(unknown)
+    if unknown is not None:
+        names["unk_token"] = unknown
     size = config.vocab_size
     if size is None and algorithm != "characters":
         size = family.vocab_size
-    num_reserved = len(special_tokens) + family.num_sentinels
-    if size is not None and size <= num_reserved:
-        raise ConfigError(
-            f"`--vocab-size {size}` leaves no room: `{config.family}` has {num_reserved} special "
-            "tokens",
-            hint=f"give more than {num_reserved}",
-        )
     backend = vocabularies.LEARNERS[algorithm](
         documents,
         vocabularies.Wanted(
@@ -196,6 +188,35 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> PreTra
     )
 
 
+def check_vocabulary_size(config: TokenizerConfig) -> None:
+    """See that the vocabulary has room for more than the special tokens.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    num_reserved = len(_special_tokens(config)[0]) + FAMILY_TOKENS[config.family].num_sentinels
+    if config.vocab_size is not None and config.vocab_size <= num_reserved:
+        raise ConfigError(
+            f"a vocabulary of {config.vocab_size} leaves no room: `{config.family}` has "
+            f"{num_reserved} special tokens",
+            hint=f"give more than {num_reserved}",
+        )
+
+
+def stand_in(config: TokenizerConfig) -> PreTrainedTokenizerFast:
+    """A tokenizer with all special tokens of the one to be trained, before there is text."""
+    characters = {"algorithm": "characters", "vocab_size": None}
+    return train_tokenizer(["a"], config.model_copy(update=characters))
+
+
+def _special_tokens(config: TokenizerConfig) -> tuple[list[str], str | None]:
+    """Special tokens in the order of their ids, without sentinels; and the unknown token if any."""
+    family = FAMILY_TOKENS[config.family]
+    if family.unknown is None and (config.algorithm or family.algorithm) != "bpe":
+        return [*family.special_tokens, "<unk>"], "<unk>"
+    return list(family.special_tokens), family.unknown
+
+
 def _add_post_processor(backend: Tokenizer, family: TokenizerFamily, algorithm: Algorithm) -> None:
     from tokenizers import processors
 
@@ -227,18 +248,19 @@ def check_output(folder: Path) -> None:
     """
     if folder.exists() or folder.is_symlink():
         raise ConfigError(
-            f"`--output {folder}` exists already, and is never overwritten",
-            hint="give another name, or remove it",
+            f"`{folder}` exists already, and is never overwritten",
+            hint="give `output` another name, or remove it",
         )
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise ConfigError(
-            f"`--output {folder}` cannot be made: `{parent}` is a file", hint="give another name"
+            f"`{folder}` cannot be made: `{parent}` is a file",
+            hint="give `output` another name",
         )
     if not os.access(parent, os.W_OK):
         raise ConfigError(
-            f"`--output {folder}` cannot be made: `{parent}` may not be written",
-            hint="name another place",
+            f"`{folder}` cannot be made: `{parent}` may not be written",
+            hint="give `output` another place",
         )
 
 

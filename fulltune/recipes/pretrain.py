@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -41,6 +41,7 @@ from fulltune.recipes.prepare import (
     Base,
     Prepared,
     check_task,
+    check_task_settings,
     encode_task,
     open_base,
     sides,
@@ -48,6 +49,9 @@ from fulltune.recipes.prepare import (
 )
 from fulltune.recipes.prepare import prepare as prepare_windows
 from fulltune.tracking import Display
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PretrainingObjective: TypeAlias = CausalLM | ArrangingObjective
 """`CausalLM` cuts a document when it encodes it, the others once the documents are split."""
@@ -176,17 +180,21 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
         FulltuneError: of the kind that says what is wrong; nothing of another run is touched.
     """
     check_settings(config)
+    check_task(config.task)
+    return finetune.run(config, resume=resume, display=display, start=start())
+
+
+def start() -> finetune.Start:
+    """How a run of pre-training opens its model and reads its data."""
     metrics = {name for kind in OBJECTIVES.values() for name in kind.metrics}
-    start = finetune.Start(open_start, prepare, tuple(sorted(metrics)))
-    return finetune.run(config, resume=resume, display=display, start=start)
+    return finetune.Start(open_start, prepare, tuple(sorted(metrics)))
 
 
 def check_settings(config: Config) -> None:
-    """What is wrong without a look at the model or into the data, as it is quick to find.
+    """What is wrong without a look at the model or for the data, as it is quick to find.
 
     Raises:
         ConfigError: the task is not of documents, or a setting has no effect.
-        DataError: a source is not there.
     """
     if config.task.kind != "text":
         raise ConfigError(
@@ -198,24 +206,30 @@ def check_settings(config: Config) -> None:
             "`task.max_length` has no effect in pre-training, whose examples are made of documents",
             hint="set `objective.length` instead",
         )
-    check_task(config.task)
+    check_task_settings(config.task)
 
 
-def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, PretrainingObjective]:
+def open_start(
+    config: Config,
+    *,
+    with_weights: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[Base, PretrainingObjective]:
     """The model to start from, made where it is new, and what it learns.
 
-    Without weights the path of a new model is that of its tokenizer.
+    Args:
+        config: of the run.
+        with_weights: without them the path of a new model is that of its tokenizer.
+        tokenizer: stands for that of a new model, where its folder is still to be made.
 
     Raises:
         ConfigError: the family cannot do the objective, or a setting has no effect with it.
         ModelError: there is no tokenizer for a new model.
     """
-    chosen = config.objective
     if not is_new_model(config.model):
         base = _open_trained(config)
         if config.convert_to is not None:
             base = _converted(base, config.seed)
-        kind = _kind_for(chosen, family_of(base.config), base.config.model_type)
     else:
         if config.convert_to is not None:
             raise ConfigError(
@@ -227,13 +241,28 @@ def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, Pret
                 f"`model: {config.model}` is new and has no tokenizer",
                 hint="train one by `fulltune tokenizer train`, and name its folder as `tokenizer`",
             )
-        path = tokenizer_folder(config.tokenizer)
-        tokenizer = load_tokenizer(path)
+        if tokenizer is None:
+            path = tokenizer_folder(config.tokenizer)
+            tokenizer = load_tokenizer(path)
+        else:
+            path = Path(config.tokenizer)
         new = make_config(config.model, tokenizer, config.architecture)
-        kind = _kind_for(chosen, family_of(new), new.model_type)
+        kind = _kind_for(config.objective, family_of(new), new.model_type)
         if with_weights:
             path = make_model(new, tokenizer, head=kind.head, seed=config.seed)
         base = Base(path, new, tokenizer)
+    return base, make_objective(base, config)
+
+
+def make_objective(base: Base, config: Config) -> PretrainingObjective:
+    """What a model learns by the settings.
+
+    Raises:
+        ConfigError: the family cannot do the objective, or a setting has no effect with it.
+        ModelError: the tokenizer lacks what the objective needs.
+    """
+    chosen, family = config.objective, family_of(base.config)
+    kind = _kind_for(chosen, family, base.config.model_type)
     context = context_length(base.config)
     length = chosen.length or min(context, DEFAULT_LENGTH)
     if length > context:
@@ -241,8 +270,7 @@ def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, Pret
             f"`objective.length` is {length:,}, but the model's context is {context:,} tokens",
             hint=f"give at most {context}",
         )
-    objective = kind.build(base, family_of(base.config), chosen, length)
-    return base, _with_loss_settings(objective, config)
+    return _with_loss_settings(kind.build(base, family, chosen, length), config)
 
 
 def _open_trained(config: Config) -> Base:
@@ -252,13 +280,22 @@ def _open_trained(config: Config) -> Base:
         if near := near_names(config.model, PRESETS):
             error.hint = f"did you mean the size `{near[0]}`? " + (error.hint or "")
         raise
+    refuse_settings_of_new_models(config)
+    return base
+
+
+def refuse_settings_of_new_models(config: Config) -> None:
+    """Refuse what has no effect with a trained model.
+
+    Raises:
+        ConfigError: it is set.
+    """
     for name in ("tokenizer", "architecture"):
         if getattr(config, name):
             raise ConfigError(
                 f"`{name}` has no effect with the trained model `{config.model}`",
                 hint=f"leave it out, or start anew from a size: {', '.join(PRESETS)}",
             )
-    return base
 
 
 def _with_loss_settings(objective: PretrainingObjective, config: Config) -> PretrainingObjective:

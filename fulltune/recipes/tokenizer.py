@@ -106,7 +106,13 @@ def train(
     return Trained(output, statistics, measured_on, num_training)
 
 
-def check_same(sources: Sequence[str], folder: Path, config: TokenizerConfig) -> None:
+def check_same(
+    sources: Sequence[str],
+    folder: Path,
+    config: TokenizerConfig,
+    *,
+    columns: Mapping[str, str] | None = None,
+) -> None:
     """See that `train` would make the tokenizer that a folder holds.
 
     Raises:
@@ -124,6 +130,8 @@ def check_same(sources: Sequence[str], folder: Path, config: TokenizerConfig) ->
     made_of = {part["source"]: part["fingerprint"] for part in info["sources"]}
     if made_of != {source: source_fingerprint(source) for source in sources}:
         differing.append("train")
+    if info["columns"] != dict(columns or {}):
+        differing.append("columns")
     if differing:
         raise ConfigError(
             f"`{folder}` holds a tokenizer of other settings or text (differs in "
