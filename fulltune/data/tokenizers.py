@@ -2,7 +2,7 @@
 
 `vocabularies.py` learns the pieces. Here they become a tokenizer as the family of models reads it:
 
-    gpt     nothing added; `<|endoftext|>` ends and pads
+    gpt     nothing added; `<|endoftext|>` ends and pads; if asked, sentinels to fill in the middle
     bert    [CLS] A [SEP]            and [CLS] A [SEP] B [SEP] with segments 0 and 1
     xlnet   A <sep> <cls>            and A <sep> B <sep> <cls> with segments 0, 1 and 2 (<cls>)
     t5      A </s>                   and A </s> B </s>; 100 sentinels, <extra_id_0> the last id
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fulltune.assets.building import built_whole
 from fulltune.config import Settings
@@ -32,6 +32,8 @@ Algorithm: TypeAlias = Literal["bpe", "wordpiece", "unigram", "characters"]
 
 INFO_FILE = "fulltune-tokenizer.json"
 NUM_SENTINELS = 100
+FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+"""What marks the parts of a document whose middle is moved to its end (Bavarian et al., 2022)."""
 
 
 class TokenizerConfig(Settings):
@@ -47,11 +49,22 @@ class TokenizerConfig(Settings):
     `characters` every character of the data."""
     lowercase: bool = False
     """Read every text in lower case; WordPiece then drops accents too, as BERT does."""
+    fill_in_the_middle: bool = False
+    """gpt: add `<fim_prefix>`, `<fim_middle>` and `<fim_suffix>`, which `objective.fim_rate` of
+    pre-training needs."""
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of the documents that is measured on, not trained on; their hash says which ones."""
     character_coverage: Annotated[float, Field(gt=0.9, le=1.0)] = 1.0
     """WordPiece and unigram: share of the text's characters that pieces are made of; the rarest
     ones beyond it are unknown, as is usual for Chinese or Japanese (0.9995)."""
+
+    @model_validator(mode="after")
+    def _refuse_settings_without_effect(self) -> TokenizerConfig:
+        if self.fill_in_the_middle and self.family != "gpt":
+            raise ValueError(
+                f"`fill_in_the_middle` has no effect with `family: {self.family}`; leave it out"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -69,11 +82,6 @@ class FamilyTokens:
     has_segments: bool = False
     padding_side: Literal["left", "right"] = "right"
     num_sentinels: int = 0
-
-    @property
-    def unnamed(self) -> list[str]:
-        """Special tokens that transformers has no name for."""
-        return [token for token in self.special_tokens if token not in self.names.values()]
 
 
 FAMILY_TOKENS: dict[TokenizerFamily, FamilyTokens] = {
@@ -176,7 +184,10 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> PreTra
     _add_post_processor(backend, config.family, algorithm)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        extra_special_tokens=[*family.unnamed, *reversed(sentinels)],
+        extra_special_tokens=[
+            *(token for token in special_tokens if token not in names.values()),
+            *reversed(sentinels),
+        ],
         padding_side=family.padding_side,
         model_input_names=[
             "input_ids",
@@ -212,9 +223,11 @@ def stand_in(config: TokenizerConfig) -> PreTrainedTokenizerFast:
 def _special_tokens(config: TokenizerConfig) -> tuple[list[str], str | None]:
     """Special tokens in the order of their ids, without sentinels; and the unknown token if any."""
     family = FAMILY_TOKENS[config.family]
-    if family.unknown is None and (config.algorithm or family.algorithm) != "bpe":
-        return [*family.special_tokens, "<unk>"], "<unk>"
-    return list(family.special_tokens), family.unknown
+    tokens, unknown = list(family.special_tokens), family.unknown
+    if unknown is None and (config.algorithm or family.algorithm) != "bpe":
+        unknown = "<unk>"
+        tokens.append(unknown)
+    return [*tokens, *(FIM_TOKENS if config.fill_in_the_middle else ())], unknown
 
 
 def _add_post_processor(backend: Tokenizer, family: TokenizerFamily, algorithm: Algorithm) -> None:

@@ -74,8 +74,9 @@ class ObjectiveConfig(Settings):
     permutation: PermutationConfig = PermutationConfig()
     spans: SpanConfig = SpanConfig()
     fim_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """`causal_lm` with `stream`: share of the documents whose middle is moved to the end between
-    `<fim_prefix>`, `<fim_suffix>` and `<fim_middle>`; held-out text is left as it is."""
+    """`causal_lm` with `stream`: share of the documents, or of their parts in a window, that are
+    written with `<fim_prefix>`, `<fim_suffix>` and `<fim_middle>`, their middle at the end; a new
+    tokenizer has these by `--fill-in-the-middle`. Held-out text is left as it is."""
 
     @model_validator(mode="after")
     def _refuse_settings_without_effect(self) -> ObjectiveConfig:
@@ -390,11 +391,12 @@ def prepare(
         documents = Sections(encoded.train, SECTION_TOKENS)
     split = split_task(encoded, documents, task, seed=seed)
     parts = [objective.arrange(documents, split.train, seed)]
+    held_out = objective.held_out if isinstance(objective, CausalStream) else objective
     if encoded.validation is not None:
         everything = np.arange(len(encoded.validation))
-        parts.append(objective.arrange(encoded.validation, everything, seed))
+        parts.append(held_out.arrange(encoded.validation, everything, seed))
     elif is_split:
-        parts.append(objective.arrange(documents, split.validation, seed))
+        parts.append(held_out.arrange(documents, split.validation, seed))
     # Sections have no columns of their own to count: then all is counted as one.
     everything = np.arange(len(encoded.joined))
     counted = {"train": everything} if isinstance(documents, Sections) else sides(split, task)

@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fulltune.config import build_config
+from fulltune.data.tokenizers import FIM_TOKENS
 from fulltune.errors import ConfigError, FulltuneError, ModelError
-from fulltune.objectives.fill_in_the_middle import FIM_TOKENS
 from fulltune.recipes import evaluate, finetune, pretrain
 from fulltune.tracking import read_metrics
 from fulltune.train.checkpoint import last_checkpoint
