@@ -233,6 +233,9 @@ def prepare(
         end_token_ids=ends,
         unknown_token_id=unknown_token_id(objective.tokenizer),
     )
+    if task.kind == "text":
+        has_end = objective.tokenizer.eos_token_id is not None
+        facts = facts.model_copy(update={"documents_end": has_end})
     findings = check(facts, may_truncate=may_truncate)
     return Prepared(
         objective, dataset, train, split.validation, facts, findings, tuple(notes), encoded.sources

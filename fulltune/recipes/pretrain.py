@@ -271,7 +271,21 @@ def make_objective(base: Base, config: Config) -> PretrainingObjective:
             f"`objective.length` is {length:,}, but the model's context is {context:,} tokens",
             hint=f"give at most {context}",
         )
-    return _with_loss_settings(kind.build(base, family, chosen, length), config)
+    objective = kind.build(base, family, chosen, length)
+    if kind.head == "causal_lm" and is_new_model(config.model):
+        _require_end_token(base.tokenizer)
+    return _with_loss_settings(objective, config)
+
+
+def _require_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Without it a new model would never learn where a text ends, and could not stop writing."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of `{tokenizer.name_or_path}` has no `eos_token`, so that a new model "
+            "would not learn where a text ends",
+            hint="use a tokenizer made for GPT (`--family gpt`), or name the token in "
+            "tokenizer_config.json",
+        )
 
 
 def _open_trained(config: Config) -> Base:
