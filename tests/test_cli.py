@@ -24,7 +24,7 @@ from fulltune.cli.printing import print_answers
 from fulltune.config import list_keys, list_settings, load_config
 from fulltune.data.tasks import TASKS
 from fulltune.models.families import FAMILIES
-from fulltune.recipes import finetune
+from fulltune.recipes import finetune, pretrain
 from fulltune.recipes.chain_steps import KINDS
 
 VERBS = ("demo", "preview", "finetune", "pretrain", "chain", "corpus", "evaluate", "predict",
@@ -303,6 +303,42 @@ def test_a_dry_run_plans_what_the_run_then_does(
     assert (code, "differs in `scope`" in errors) == (2, True)
     # Settings that cannot be trained are refused as the run would refuse them.
     assert say("finetune", settings_file, "--dry-run", "optimizer.warmup=9 steps")[0] == 2
+
+
+@pytest.mark.parametrize("objective", [{"length": 32}, {"length": 32, "stream": True}])
+def test_a_dry_run_of_pretraining_plans_what_the_run_then_does(
+    say: Say, tmp_path: Path, tiny_gpt2: Path, objective: dict[str, Any]
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("She sells sea shells by the sea shore. 今天天气很好。\n" * 200, "utf-8")
+    values = {
+        "model": "gpt2-tiny", "tokenizer": str(tiny_gpt2), "architecture": {"n_embd": 32},
+        "task": {"kind": "text", "train": str(corpus)}, "objective": objective,
+        "duration": "2 steps", "batch": "8 examples", "precision": "fp32", "num_workers": 0,
+        "run_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    path = tmp_path / "pretrain.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    code, output, errors = say("pretrain", path, "--dry-run")
+    assert code == 0, errors
+    assert not (tmp_path / "run").exists()
+    again = tmp_path / "again.yaml"
+    again.write_text(output, encoding="utf-8")
+    assert load_config(pretrain.Config, again) == load_config(pretrain.Config, path)
+    plan = json.loads(say("pretrain", path, "--dry-run", "--json")[1])["plan"]
+    comments = [line for line in output.splitlines() if line.startswith("# ")]
+    code, _, errors = say("pretrain", path)
+    assert code == 0, errors
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    start = json.loads(lines[0])
+    for name in ("num_parameters", "num_trained_parameters", "num_steps", "micro_batch_tokens"):
+        assert plan[name] == start[name], name
+        assert any(f"{plan[name]:,}" in line for line in comments), name
+    assert f"{plan['num_steps']:,} steps, {plan['num_examples']:,} examples" in errors
+    # What a run would refuse, its plan refuses too.
+    for wrong in ("objective.name=masked_lm", "task.train=nowhere", "task.too_long=drop"):
+        code, _, errors = say("pretrain", path, "--dry-run", wrong)
+        assert (code, "hint: " in errors) == (2, True)
 
 
 def test_results_go_to_stdout_and_all_else_to_stderr(

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from fulltune.recipes import finetune as finetune_recipe
 
 
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        metavar=FLAG,
+        help="Print the full settings and what the run would take, and train nothing.",
+    ),
+]
+
+
 @app.command(rich_help_panel=TRAIN)
 def demo(
     run_dir: Annotated[
@@ -52,14 +62,7 @@ def finetune(
     file: File,
     overrides: Overrides = None,
     resume: Resume = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            metavar=FLAG,
-            help="Print the full settings and what the run would take, and train nothing.",
-        ),
-    ] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune all weights of a model on a task."""
@@ -78,6 +81,7 @@ def pretrain(
     file: File,
     overrides: Overrides = None,
     resume: Resume = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Train a new model on raw text, or go on with one."""
@@ -85,6 +89,9 @@ def pretrain(
     from fulltune.recipes import settings_files
 
     config = settings_files.load(recipe.Config, file, overrides or [], verb="pretrain")
+    if dry_run:
+        _print_plan(config, resume=resume, as_json=as_json)
+        return
     _say_result(recipe.run(config, resume=resume), "text", as_json=as_json)
 
 
