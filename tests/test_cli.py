@@ -24,7 +24,8 @@ from fulltune.cli.printing import print_answers
 from fulltune.config import list_keys, list_settings, load_config
 from fulltune.data.tasks import TASKS
 from fulltune.models.families import FAMILIES
-from fulltune.recipes import finetune
+from fulltune.recipes import finetune, pretrain
+from fulltune.recipes.chain_steps import KINDS
 
 VERBS = ("demo", "preview", "finetune", "pretrain", "chain", "corpus", "evaluate", "predict",
          "chat", "report", "attention", "settings", "tasks", "models", "assets")  # fmt: skip
@@ -154,6 +155,64 @@ def test_settings_without_effect_on_pretraining_are_not_offered(say: Say) -> Non
     assert "task.labels" in {row["key"] for row in json.loads(say("settings", "--json")[1])}
 
 
+def test_the_kinds_of_step_of_a_chain_are_listed_with_their_settings(say: Say) -> None:
+    code, output, _ = say("settings", "chain", "--json")
+    rows = {row["key"]: row for row in json.loads(output)}
+    assert code == 0
+    for kind, has_verb in {
+        "corpus": True, "tokenizer": False, "pretrain": True, "finetune": True, "evaluate": False
+    }.items():  # fmt: skip
+        own = set(rows) & {f"{kind}.{key}" for key in list_keys(KINDS[kind].settings)}
+        if has_verb:
+            assert f"`fulltune settings {kind}`" in rows[kind]["kind"]
+            assert say("settings", kind)[0] == 0
+            assert own == set()
+        else:
+            assert len(own) == len(list_keys(KINDS[kind].settings))
+    assert set(KINDS) <= set(rows)
+    assert all(
+        row["default"] and row["kind"] and row["meaning"].endswith(".") for row in rows.values()
+    )
+    code, output, _ = say("settings", "chain", columns=80)
+    assert max(map(len, output.splitlines())) <= 80
+
+
+FILES = {
+    "chain": "steps: [{evaluate: {model: runs/mine}}]",
+    "corpus": "{sources: book.txt, output: corpus}",
+    "finetune": "{model: runs/mine, task: {kind: chat, train: a.jsonl}, run_dir: runs/a}",
+    "pretrain": "{model: runs/mine, objective: {length: 64}, task: {kind: text, train: a.txt}, "
+    "run_dir: runs/a}",
+}
+
+
+@pytest.mark.parametrize("verb", [*FILES, "preview"])
+@pytest.mark.parametrize("written_for", FILES)
+def test_a_file_given_to_another_verb_is_answered_with_the_verb_that_it_is_for(
+    say: Say, tmp_path: Path, verb: str, written_for: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(FILES[written_for], encoding="utf-8")
+    code, output, errors = say(verb, path)
+    assert (code, output) == (2, "")  # none of the data is there
+    if verb == written_for or (verb == "preview" and written_for in ("finetune", "pretrain")):
+        assert "is a file for" not in errors
+    elif (verb, written_for) == ("pretrain", "finetune"):
+        assert "`task.kind` is `chat`" in errors
+        assert "fulltune finetune" in errors
+    else:
+        error, hint = errors.splitlines()
+        assert error.startswith(f"error: `{path}` is a file for `fulltune {written_for}`: it has ")
+        assert hint == f"hint: run `fulltune {written_for} {path}`"
+
+
+def test_the_size_of_a_new_model_is_not_looked_for_by_finetune(say: Say, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("{model: gpt2-tiny, task: {kind: text, train: a.txt}, run_dir: a}", "utf-8")
+    _, _, errors = say("finetune", path)
+    assert "is a file for `fulltune pretrain`: it has the size of a new model" in errors
+
+
 def test_an_answer_is_shown_under_all_turns_of_its_prompt(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -244,6 +303,42 @@ def test_a_dry_run_plans_what_the_run_then_does(
     assert (code, "differs in `scope`" in errors) == (2, True)
     # Settings that cannot be trained are refused as the run would refuse them.
     assert say("finetune", settings_file, "--dry-run", "optimizer.warmup=9 steps")[0] == 2
+
+
+@pytest.mark.parametrize("objective", [{"length": 32}, {"length": 32, "stream": True}])
+def test_a_dry_run_of_pretraining_plans_what_the_run_then_does(
+    say: Say, tmp_path: Path, tiny_gpt2: Path, objective: dict[str, Any]
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("She sells sea shells by the sea shore. 今天天气很好。\n" * 200, "utf-8")
+    values = {
+        "model": "gpt2-tiny", "tokenizer": str(tiny_gpt2), "architecture": {"n_embd": 32},
+        "task": {"kind": "text", "train": str(corpus)}, "objective": objective,
+        "duration": "2 steps", "batch": "8 examples", "precision": "fp32", "num_workers": 0,
+        "run_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    path = tmp_path / "pretrain.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    code, output, errors = say("pretrain", path, "--dry-run")
+    assert code == 0, errors
+    assert not (tmp_path / "run").exists()
+    again = tmp_path / "again.yaml"
+    again.write_text(output, encoding="utf-8")
+    assert load_config(pretrain.Config, again) == load_config(pretrain.Config, path)
+    plan = json.loads(say("pretrain", path, "--dry-run", "--json")[1])["plan"]
+    comments = [line for line in output.splitlines() if line.startswith("# ")]
+    code, _, errors = say("pretrain", path)
+    assert code == 0, errors
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    start = json.loads(lines[0])
+    for name in ("num_parameters", "num_trained_parameters", "num_steps", "micro_batch_tokens"):
+        assert plan[name] == start[name], name
+        assert any(f"{plan[name]:,}" in line for line in comments), name
+    assert f"{plan['num_steps']:,} steps, {plan['num_examples']:,} examples" in errors
+    # What a run would refuse, its plan refuses too.
+    for wrong in ("objective.name=masked_lm", "task.train=nowhere", "task.too_long=drop"):
+        code, _, errors = say("pretrain", path, "--dry-run", wrong)
+        assert (code, "hint: " in errors) == (2, True)
 
 
 def test_results_go_to_stdout_and_all_else_to_stderr(

@@ -31,10 +31,11 @@ def corpus(
     as_json: Json = False,
 ) -> None:
     """Prepare a corpus: clean, filter, deduplicate, decontaminate and split raw text."""
-    from fulltune.config import dump_config, load_config
+    from fulltune.config import dump_config
     from fulltune.recipes import corpus as recipe
+    from fulltune.recipes import settings_files
 
-    config = load_config(recipe.Config, file, overrides or [])
+    config = settings_files.load(recipe.Config, file, overrides or [], verb="corpus")
     if dry_run:
         typer.echo(dump_config(config), nl=False)
         return

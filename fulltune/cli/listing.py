@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from fulltune.cli.app import LIST, Json, app
 from fulltune.cli.printing import print_entries, print_json, print_table
 
+if TYPE_CHECKING:
+    from fulltune.config import SettingRow
+
 
 @app.command(rich_help_panel=LIST)
 def settings(
     verb: Annotated[
-        Literal["finetune", "pretrain", "corpus"],
+        Literal["finetune", "pretrain", "corpus", "chain"],
         typer.Argument(help="The verb whose settings to list."),
     ] = "finetune",
     as_json: Json = False,
 ) -> None:
     """List every setting with what it accepts, its default and its meaning."""
-    from dataclasses import replace
-    from importlib import import_module
-
-    from fulltune.config import list_settings
-
-    recipe = import_module(f"fulltune.recipes.{verb}")
-    without_effect = getattr(recipe, "WITHOUT_EFFECT", ())
-    only = getattr(recipe, "ONLY_CHOICE", {})
-    rows = [
-        replace(row, kind=only.get(row.key, row.kind))
-        for row in list_settings(recipe.Config)
-        if row.key not in without_effect
-    ]
+    rows = _rows_of(verb)
     if as_json:
         print_json([vars(row) for row in rows])
         return
@@ -39,6 +30,26 @@ def settings(
         f"Settings of fulltune {verb}, with default, meaning, and what is accepted",
         [(row.key, row.default, row.meaning, row.kind) for row in rows],
     )
+
+
+def _rows_of(verb: str) -> list[SettingRow]:
+    from dataclasses import replace
+    from importlib import import_module
+
+    from fulltune.config import list_settings
+
+    if verb == "chain":
+        from fulltune.recipes.chain_steps import list_step_settings
+
+        return list(list_step_settings())
+    recipe = import_module(f"fulltune.recipes.{verb}")
+    without_effect = getattr(recipe, "WITHOUT_EFFECT", ())
+    only = getattr(recipe, "ONLY_CHOICE", {})
+    return [
+        replace(row, kind=only.get(row.key, row.kind))
+        for row in list_settings(recipe.Config)
+        if row.key not in without_effect
+    ]
 
 
 @app.command(rich_help_panel=LIST)

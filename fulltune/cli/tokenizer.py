@@ -61,6 +61,14 @@ def train(
     lowercase: Annotated[
         bool, typer.Option("--lowercase", metavar=FLAG, help="Read every text in lower case.")
     ] = False,
+    fill_in_the_middle: Annotated[
+        bool,
+        typer.Option(
+            "--fill-in-the-middle",
+            metavar=FLAG,
+            help="GPT: add the tokens that `objective.fim_rate` of pre-training needs.",
+        ),
+    ] = False,
     columns: Columns = None,
     held_out: Annotated[
         float,
@@ -87,7 +95,7 @@ def train(
         TokenizerConfig,
         {
             "family": family, "algorithm": algorithm, "vocab_size": vocab_size,
-            "lowercase": lowercase, "held_out": held_out,
+            "lowercase": lowercase, "fill_in_the_middle": fill_in_the_middle, "held_out": held_out,
             "character_coverage": character_coverage,
         },
     )  # fmt: skip

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fulltune.cli.app import FLAG, TRAIN, File, Json, Overrides, Resume, app
-from fulltune.cli.printing import print_answers, print_json
+from fulltune.cli.printing import print_answers, print_json, print_table
 
 if TYPE_CHECKING:
+    from fulltune.config import Settings
     from fulltune.recipes import finetune as finetune_recipe
+
+
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        metavar=FLAG,
+        help="Print the full settings and what the run would take, and train nothing.",
+    ),
+]
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -50,21 +62,14 @@ def finetune(
     file: File,
     overrides: Overrides = None,
     resume: Resume = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            metavar=FLAG,
-            help="Print the full settings and what the run would take, and train nothing.",
-        ),
-    ] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune all weights of a model on a task."""
-    from fulltune.config import load_config
     from fulltune.recipes import finetune as recipe
+    from fulltune.recipes import settings_files
 
-    config = load_config(recipe.Config, file, overrides or [])
+    config = settings_files.load(recipe.Config, file, overrides or [], verb="finetune")
     if dry_run:
         _print_plan(config, resume=resume, as_json=as_json)
         return
@@ -76,13 +81,17 @@ def pretrain(
     file: File,
     overrides: Overrides = None,
     resume: Resume = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Train a new model on raw text, or go on with one."""
-    from fulltune.config import load_config
     from fulltune.recipes import pretrain as recipe
+    from fulltune.recipes import settings_files
 
-    config = load_config(recipe.Config, file, overrides or [])
+    config = settings_files.load(recipe.Config, file, overrides or [], verb="pretrain")
+    if dry_run:
+        _print_plan(config, resume=resume, as_json=as_json)
+        return
     _say_result(recipe.run(config, resume=resume), "text", as_json=as_json)
 
 
@@ -95,14 +104,21 @@ def chain(
             "--resume", metavar=FLAG, help="Pass over finished steps and go on where it stopped."
         ),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", metavar=FLAG, help="Check all steps, and take none."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Take several steps from one file: tokenizer, pretrain, finetune, evaluate."""
-    from fulltune.cli.printing import print_table
+    """Take several steps from one file: corpus, tokenizer, pretrain, finetune, evaluate."""
     from fulltune.recipes import chain as recipe
     from fulltune.tracking import format_number, name_of
 
     steps = recipe.load(file)
+    if dry_run:
+        recipe.check(steps, resume=resume)
+        _print_steps(str(file), steps, as_json=as_json)
+        return
     results = recipe.run(steps, resume=resume, say=lambda line: typer.echo(line, err=True))
     if as_json:
         print_json([vars(result) for result in results])
@@ -123,6 +139,27 @@ def chain(
         )  # fmt: skip
     if len(results) < len(steps):
         raise typer.Exit(130)
+
+
+def _print_steps(title: str, steps: Sequence[Settings], *, as_json: bool) -> None:
+    """What each step starts from and makes; the file itself has the settings."""
+    from fulltune.recipes.chain_steps import KINDS, kind_of
+
+    rows = []
+    for step in steps:
+        kind = KINDS[kind_of(step)]
+        sources = [f"{source.setting} {source.value}" for source in kind.sources(step)]
+        rows.append((kind_of(step), sources, getattr(step, kind.folder) if kind.folder else None))
+    if as_json:
+        print_json(
+            [{"step": verb, "starts_from": sources, "makes": made} for verb, sources, made in rows]
+        )
+        return
+    print_table(
+        f"{title}: all steps can be taken",
+        ("step", "starts from", "makes"),
+        [(verb, ", ".join(sources), made or "") for verb, sources, made in rows],
+    )
 
 
 def _print_plan(config: finetune_recipe.Config, *, resume: bool, as_json: bool) -> None:

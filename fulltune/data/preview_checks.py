@@ -31,9 +31,18 @@ def check(facts: PreviewFacts, *, may_truncate: bool = True) -> list[Finding]:
     train = next((split for split in facts.splits if split.name == TRAIN), None)
     if train is not None:
         findings += _check_labels_of_others(train, facts.splits)
+    if not facts.documents_end:
+        findings.append(_NO_END_TOKEN)
     findings += [_leak(overlap) for overlap in facts.overlaps if _size(overlap)]
     levels = ("error", "warning", "note")
     return sorted(findings, key=lambda finding: levels.index(finding.level))
+
+
+_NO_END_TOKEN = Finding(
+    level="warning",
+    message="the tokenizer has no `eos_token`, so that the model does not learn where a text ends",
+    hint="name the token in tokenizer_config.json",
+)
 
 
 def require_sound(facts: PreviewFacts, *, may_truncate: bool = True) -> list[Finding]:

@@ -143,6 +143,8 @@ class PreviewFacts(_Facts):
     """None for a model that packs its examples, which needs none."""
     arranged: tuple[ArrangedFacts, ...] = ()
     """Pre-training: what the documents, which `splits` counts, became."""
+    documents_end: bool = True
+    """Whether each is followed by an end token, by which the model learns where a text ends."""
 
 
 class Finding(_Facts):

@@ -34,9 +34,11 @@ class TokenStream:
         end_id: the token that follows each document.
         boundaries: whether windows have those of their documents, which must be encoded with them;
             nothing begins with an end token.
+        room: tokens of a window that are left free for each document in it, or part of one, so that
+            what noise adds to them fits. Windows then differ a little in length.
 
     Attributes:
-        lengths: int32, tokens of each window.
+        lengths: int32, tokens of each window with its room.
         fingerprint: hash of all that decides the windows.
 
     Raises:
@@ -52,17 +54,18 @@ class TokenStream:
         window_tokens: int,
         end_id: int,
         boundaries: bool = False,
+        room: int = 0,
     ) -> None:
-        if window_tokens < 2:
+        if window_tokens < 2 + 2 * room:
             raise ValueError(f"a window of {window_tokens} tokens has nothing to predict")
         self._documents = documents
-        self._window_tokens = window_tokens
         self._end_id = end_id
         self._boundaries = boundaries
         order = np.sort(np.asarray(indices, dtype=np.int64))
         fingerprint = hashlib.blake2b(digest_size=16)
         # The last part was a setting once; checkpoints made then are still to be resumed.
-        for part in (documents.fingerprint, seed, window_tokens, end_id, True):
+        decisive = [documents.fingerprint, seed, window_tokens, end_id, True]
+        for part in [*decisive, room] if room else decisive:
             fingerprint.update(f"{part}\0".encode())
         fingerprint.update(order.tobytes())
         self.fingerprint = fingerprint.hexdigest()
@@ -78,10 +81,17 @@ class TokenStream:
         self._has_end = ends
         self._starts: Int64Array = np.zeros(len(order) + 1, dtype=np.int64)
         np.cumsum(documents.lengths[order].astype(np.int64) + ends, out=self._starts[1:])
-        num_windows, rest = divmod(int(self._starts[-1]), window_tokens)
-        self.lengths: Int32Array = np.full(num_windows, window_tokens, dtype=np.int32)
-        if rest >= 2:
-            self.lengths = np.append(self.lengths, np.int32(rest))
+        self._bounds: Int64Array = _cut(self._starts, window_tokens, room)
+        lengths = num_tokens = np.diff(self._bounds)
+        if room:
+            first, last = (
+                np.searchsorted(self._starts, places, side="right")
+                for places in (self._bounds[:-1], self._bounds[1:] - 1)
+            )
+            lengths = num_tokens + room * (last - first + 1)
+        if len(lengths) and num_tokens[-1] < 2:
+            lengths = lengths[:-1]
+        self.lengths: Int32Array = lengths.astype(np.int32)
         if not len(self.lengths):
             raise DataError(
                 f"the {len(order):,} documents of this split have {int(self._starts[-1]):,} tokens "
@@ -149,8 +159,8 @@ class TokenStream:
         """Where a window starts and ends in the stream, and the place of its first document."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        start = int(index) % len(self) * self._window_tokens
-        end = min(start + self._window_tokens, int(self._starts[-1]))
+        window = int(index) % len(self)
+        start, end = map(int, self._bounds[window : window + 2])
         return start, end, int(np.searchsorted(self._starts, start, side="right")) - 1
 
 
@@ -161,6 +171,28 @@ def _by_document(
     drawn, number = np.unique(document_of, return_inverse=True)
     place = generator.permutation(len(drawn))
     return order[np.argsort(place[number], kind="stable")]
+
+
+def _cut(starts: Int64Array, window_tokens: int, room: int) -> Int64Array:
+    """Where windows begin in a stream, and the end of the last.
+
+    Args:
+        starts: where each document starts, and the end of the last.
+        window_tokens: most tokens of a window, with its room.
+        room: tokens that are left free for each document or part of one in a window.
+    """
+    total = int(starts[-1])
+    if not room:
+        return np.append(np.arange(0, total, window_tokens, dtype=np.int64), total)
+    # As if the room of each document stood before its tokens.
+    spaced = starts + room * np.arange(len(starts))
+    bounds, document = [0], 0
+    while bounds[-1] < total:
+        reached = bounds[-1] + room * document + window_tokens
+        document = int(np.searchsorted(spaced, reached, side="right")) - 1
+        inside = max(0, reached - int(spaced[document]) - room)
+        bounds.append(min(int(starts[document]) + inside, total))
+    return np.array(bounds, dtype=np.int64)
 
 
 def tokens_hash(tokens: Sequence[int]) -> int:

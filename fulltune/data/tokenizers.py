@@ -2,7 +2,7 @@
 
 `vocabularies.py` learns the pieces. Here they become a tokenizer as the family of models reads it:
 
-    gpt     nothing added; `<|endoftext|>` ends and pads
+    gpt     nothing added; `<|endoftext|>` ends and pads; if asked, sentinels to fill in the middle
     bert    [CLS] A [SEP]            and [CLS] A [SEP] B [SEP] with segments 0 and 1
     xlnet   A <sep> <cls>            and A <sep> B <sep> <cls> with segments 0, 1 and 2 (<cls>)
     t5      A </s>                   and A </s> B </s>; 100 sentinels, <extra_id_0> the last id
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fulltune.assets.building import built_whole
 from fulltune.config import Settings
@@ -32,6 +32,8 @@ Algorithm: TypeAlias = Literal["bpe", "wordpiece", "unigram", "characters"]
 
 INFO_FILE = "fulltune-tokenizer.json"
 NUM_SENTINELS = 100
+FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+"""What marks the parts of a document whose middle is moved to its end (Bavarian et al., 2022)."""
 
 
 class TokenizerConfig(Settings):
@@ -47,12 +49,23 @@ class TokenizerConfig(Settings):
     `characters` every character of the data."""
     lowercase: bool = False
     """Read every text in lower case; WordPiece then drops accents too, as BERT does."""
+    fill_in_the_middle: bool = False
+    """gpt: add `<fim_prefix>`, `<fim_middle>` and `<fim_suffix>`, which `objective.fim_rate` of
+    pre-training needs."""
     held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of the documents that is measured on, not trained on; their hash says which ones."""
     character_coverage: Annotated[float, Field(gt=0.9, le=1.0)] = 1.0
     """WordPiece and unigram: share of the text's characters that pieces are made of; the rarest
     ones beyond it are unknown, as is usual for Chinese or Japanese (0.9995). WordPiece reads a word
     with such a character as unknown (each Chinese character is a word), unigram the character."""
+
+    @model_validator(mode="after")
+    def _refuse_settings_without_effect(self) -> TokenizerConfig:
+        if self.fill_in_the_middle and self.family != "gpt":
+            raise ValueError(
+                f"`fill_in_the_middle` has no effect with `family: {self.family}`; leave it out"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -70,11 +83,6 @@ class FamilyTokens:
     has_segments: bool = False
     padding_side: Literal["left", "right"] = "right"
     num_sentinels: int = 0
-
-    @property
-    def unnamed(self) -> list[str]:
-        """Special tokens that transformers has no name for."""
-        return [token for token in self.special_tokens if token not in self.names.values()]
 
 
 FAMILY_TOKENS: dict[TokenizerFamily, FamilyTokens] = {
@@ -136,24 +144,16 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> PreTra
 
     from fulltune.data import vocabularies
 
+    check_vocabulary_size(config)
     family = FAMILY_TOKENS[config.family]
     algorithm = config.algorithm or family.algorithm
-    special_tokens = list(family.special_tokens)
-    unknown = family.unknown
+    special_tokens, unknown = _special_tokens(config)
     names = dict(family.names)
-    if unknown is None and algorithm != "bpe":
-        unknown = names["unk_token"] = "<unk>"
-        special_tokens.append(unknown)
+    if unknown is not None:
+        names["unk_token"] = unknown
     size = config.vocab_size
     if size is None and algorithm != "characters":
         size = family.vocab_size
-    num_reserved = len(special_tokens) + family.num_sentinels
-    if size is not None and size <= num_reserved:
-        raise ConfigError(
-            f"`--vocab-size {size}` leaves no room: `{config.family}` has {num_reserved} special "
-            "tokens",
-            hint=f"give more than {num_reserved}",
-        )
     backend = vocabularies.LEARNERS[algorithm](
         documents,
         vocabularies.Wanted(
@@ -185,7 +185,10 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> PreTra
     _add_post_processor(backend, config.family, algorithm)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        extra_special_tokens=[*family.unnamed, *reversed(sentinels)],
+        extra_special_tokens=[
+            *(token for token in special_tokens if token not in names.values()),
+            *reversed(sentinels),
+        ],
         padding_side=family.padding_side,
         model_input_names=[
             "input_ids",
@@ -195,6 +198,37 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> PreTra
         clean_up_tokenization_spaces=False,
         **names,
     )
+
+
+def check_vocabulary_size(config: TokenizerConfig) -> None:
+    """See that the vocabulary has room for more than the special tokens.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    num_reserved = len(_special_tokens(config)[0]) + FAMILY_TOKENS[config.family].num_sentinels
+    if config.vocab_size is not None and config.vocab_size <= num_reserved:
+        raise ConfigError(
+            f"a vocabulary of {config.vocab_size} leaves no room: `{config.family}` has "
+            f"{num_reserved} special tokens",
+            hint=f"give more than {num_reserved}",
+        )
+
+
+def stand_in(config: TokenizerConfig) -> PreTrainedTokenizerFast:
+    """A tokenizer with all special tokens of the one to be trained, before there is text."""
+    characters = {"algorithm": "characters", "vocab_size": None}
+    return train_tokenizer(["a"], config.model_copy(update=characters))
+
+
+def _special_tokens(config: TokenizerConfig) -> tuple[list[str], str | None]:
+    """Special tokens in the order of their ids, without sentinels; and the unknown token if any."""
+    family = FAMILY_TOKENS[config.family]
+    tokens, unknown = list(family.special_tokens), family.unknown
+    if unknown is None and (config.algorithm or family.algorithm) != "bpe":
+        unknown = "<unk>"
+        tokens.append(unknown)
+    return [*tokens, *(FIM_TOKENS if config.fill_in_the_middle else ())], unknown
 
 
 def _add_post_processor(backend: Tokenizer, family: TokenizerFamily, algorithm: Algorithm) -> None:
@@ -245,18 +279,19 @@ def check_output(folder: Path) -> None:
     """
     if folder.exists() or folder.is_symlink():
         raise ConfigError(
-            f"`--output {folder}` exists already, and is never overwritten",
-            hint="give another name, or remove it",
+            f"`{folder}` exists already, and is never overwritten",
+            hint="give `output` another name, or remove it",
         )
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise ConfigError(
-            f"`--output {folder}` cannot be made: `{parent}` is a file", hint="give another name"
+            f"`{folder}` cannot be made: `{parent}` is a file",
+            hint="give `output` another name",
         )
     if not os.access(parent, os.W_OK):
         raise ConfigError(
-            f"`--output {folder}` cannot be made: `{parent}` may not be written",
-            hint="name another place",
+            f"`{folder}` cannot be made: `{parent}` may not be written",
+            hint="give `output` another place",
         )
 
 

@@ -35,11 +35,30 @@ def resolve_model(source: str) -> Path:
         AssetError: an asset or hub model cannot be had.
         ModelError: the folder or file is incomplete or corrupt.
     """
+    check_model_source(source)
+    if source.startswith(assets.PREFIX):
+        folder = assets.fetch(source)
+    elif source.lower().endswith(".gguf"):
+        folder = _converted_gguf(Path(source).expanduser())
+    elif (path := Path(source).expanduser()).exists():
+        folder = path / "model" if (path / "model" / "config.json").is_file() else path
+    else:
+        folder = _from_hub(source)
+    _check_folder(folder)
+    return folder
+
+
+def check_model_source(source: str) -> None:
+    """Refuse a source that cannot be there, before anything slow is begun or fetched.
+
+    Raises:
+        AssetError: no such asset, or it is no model.
+        ModelError: no such file or folder, and no name of the hub.
+    """
     if not source.strip():
         raise ModelError("`model` is empty", hint=POSSIBLE_SOURCES)
     if source.startswith(assets.PREFIX):
-        asset = assets.find_asset(source)
-        if asset.kind != "model":
+        if assets.find_asset(source).kind != "model":
             names = (
                 f"`{assets.PREFIX}{other.name}`"
                 for other in assets.list_assets()
@@ -48,19 +67,17 @@ def resolve_model(source: str) -> Path:
             raise AssetError(
                 f"`{source}` is data, not a model", hint=f"models are {', '.join(names)}"
             )
-        folder = assets.fetch(source)
-    elif source.lower().endswith(".gguf"):
-        folder = _converted_gguf(Path(source).expanduser())
-    elif (path := Path(source).expanduser()).exists():
-        folder = path / "model" if (path / "model" / "config.json").is_file() else path
-    elif re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", source):
-        folder = _from_hub(source)
-    else:
+    elif not Path(source).expanduser().exists() and not (
+        source.lower().endswith(".gguf") or is_hub_name(source)
+    ):
         raise ModelError(
             f"`{source}` does not exist", hint=_near_folders(source) or POSSIBLE_SOURCES
         )
-    _check_folder(folder)
-    return folder
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a source that is not there could be a model of the hub: `OWNER/NAME` or `NAME`."""
+    return re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", source) is not None
 
 
 def _converted_gguf(gguf_file: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -12,11 +12,11 @@ from fulltune.data.arranged import ArrangedExamples, Documents
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.streams import TokenStream
 from fulltune.data.tasks import Example
-from fulltune.errors import ModelError
+from fulltune.errors import DataError, ModelError
 from fulltune.objectives.base import Batch, Scores, tokenizer_fingerprint
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.documents import encode_document
-from fulltune.objectives.fill_in_the_middle import fill_in_each_document, fim_ids
+from fulltune.objectives.fill_in_the_middle import NUM_ADDED, fill_in_each_document, fim_ids
 from fulltune.objectives.noise import noise_generator
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ class CausalStream:
     Args:
         language_model: the loss, and the length of a window.
         fim_rate: share of the documents, or of their parts in a window, that are written for
-            fill-in-the-middle in training. The sentinels push the last tokens out of the window. In
-            evaluation the text is as it is, so that losses with and without can be compared.
+            fill-in-the-middle in training. Windows are cut with room for the sentinels, so that no
+            token is pushed out. In evaluation the text is as it is, in the windows of
+            `held_out`, so that losses with and without can be compared.
 
     Raises:
         ModelError: the tokenizer lacks an end token, or the sentinels of fill-in-the-middle.
@@ -78,12 +79,30 @@ class CausalStream:
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever `encode` would give other tokens."""
-        return tokenizer_fingerprint(self.tokenizer, objective="documents")
+        """Changes whenever `encode` would give other tokens, or refuse others."""
+        kind = "documents without sentinels" if self.fim_rate else "documents"
+        return tokenizer_fingerprint(self.tokenizer, objective=kind)
+
+    @property
+    def held_out(self) -> CausalStream:
+        """The same without noise: how held-out documents are arranged."""
+        return replace(self, fim_rate=0.0)
 
     def encode(self, example: Example) -> list[EncodedExample]:
-        """A document as it is, without special tokens."""
-        return encode_document(self.tokenizer, example)
+        """A document as it is, without special tokens.
+
+        Raises:
+            DataError: with fill-in-the-middle, one of its tokens stands in the text itself.
+        """
+        documents = encode_document(self.tokenizer, example)
+        for document in documents:
+            if self.fim_rate and not set(fim_ids(self.tokenizer)).isdisjoint(document["input_ids"]):
+                raise DataError(
+                    f"{document['where']}: the text holds a token such as `<fim_prefix>`, which "
+                    "only fill-in-the-middle may write",
+                    hint="take it out of the text",
+                )
+        return documents
 
     def arrange(
         self, documents: Documents, indices: npt.NDArray[np.int64], seed: int
@@ -95,16 +114,16 @@ class CausalStream:
             seed,
             window_tokens=self.max_length,
             end_id=self.tokenizer.eos_token_id,
+            room=NUM_ADDED if self.fim_rate else 0,
         )
 
     def collate(self, examples: Sequence[EncodedExample]) -> Batch:
         """See `CausalLM.collate`."""
-        if self.fim_rate:
-            examples = [self._rearranged(example) for example in examples]
-        return self.language_model.collate(examples)
+        return self.language_model.collate([self.rearranged(example) for example in examples])
 
-    def _rearranged(self, example: EncodedExample) -> EncodedExample:
-        if "noise_seed" not in example:
+    def rearranged(self, example: EncodedExample) -> EncodedExample:
+        """A window as the model reads it in training; in evaluation it stays as it is."""
+        if not self.fim_rate or "noise_seed" not in example:
             return example
         prefix_id, middle_id, suffix_id = fim_ids(self.tokenizer)
         input_ids = fill_in_each_document(
@@ -115,8 +134,9 @@ class CausalStream:
             middle_id=middle_id,
             suffix_id=suffix_id,
             end_id=self.tokenizer.eos_token_id,
-        )[: len(example["input_ids"])]
-        return {**example, "input_ids": input_ids}
+            room=self.max_length - len(example["input_ids"]),
+        )
+        return {**example, "input_ids": input_ids, "targets": [1] * len(input_ids)}
 
     def num_targets(self, batch: Batch) -> int:
         """Tokens of the batch that are predicted."""

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fulltune.data.tokenizers import FIM_TOKENS
 from fulltune.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+NUM_ADDED = len(FIM_TOKENS)
+"""Tokens that a document which is cut has more."""
 
 
 def fill_in_the_middle(
@@ -59,23 +61,44 @@ def fill_in_each_document(
     middle_id: int,
     suffix_id: int,
     end_id: int,
+    room: int,
 ) -> list[int]:
-    """`fill_in_the_middle` of each part of a window that ``end_id`` ends, and of the last part."""
+    """`fill_in_the_middle` of each part of a window that ``end_id`` ends, and of the last part.
+
+    This is the paper's way for documents joined to windows (its "context level"), but that nothing
+    is trimmed: windows are cut with room for the sentinels.
+
+    Args:
+        ids: the tokens of a window.
+        generator: of what is drawn for each part.
+        rate: share of the parts that are cut; one without any token is left as it is.
+        prefix_id: the sentinel P.
+        middle_id: the sentinel M.
+        suffix_id: the sentinel S.
+        end_id: the token that follows each document.
+        room: tokens that may be added in all. Where end tokens stand in the text itself there are
+            more parts than documents, and those that no room is left for stay as they are.
+
+    Returns:
+        All of ``ids``, each part in its place, and at most ``room`` tokens more.
+    """
     rearranged: list[int] = []
     start = 0
     while start < len(ids):
         end = start
         while end < len(ids) and ids[end] != end_id:
             end += 1
-        rearranged += fill_in_the_middle(
-            ids[start:end],
-            generator,
-            rate=rate,
-            prefix_id=prefix_id,
-            middle_id=middle_id,
-            suffix_id=suffix_id,
-        )
-        rearranged += ids[end : end + 1]
+        part = list(ids[start:end])
+        if part and len(rearranged) - start + NUM_ADDED <= room:
+            part = fill_in_the_middle(
+                part,
+                generator,
+                rate=rate,
+                prefix_id=prefix_id,
+                middle_id=middle_id,
+                suffix_id=suffix_id,
+            )
+        rearranged += [*part, *ids[end : end + 1]]
         start = end + 1
     return rearranged
 
@@ -91,7 +114,8 @@ def fim_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
     if missing:
         raise ModelError(
             f"the tokenizer has no {' and no '.join(missing)}, which fill-in-the-middle needs",
-            hint="add the tokens to the tokenizer, or set the rate of fill-in-the-middle to 0",
+            hint="train one by `fulltune tokenizer train --family gpt --fill-in-the-middle`, or "
+            "leave `objective.fim_rate` out",
         )
     prefix, middle, suffix = (ids[token] for token in FIM_TOKENS)
     return prefix, middle, suffix

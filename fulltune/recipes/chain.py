@@ -8,36 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.config import Settings, build_config, read_yaml
-from fulltune.data.tokenizers import INFO_FILE, TokenizerConfig
+from fulltune.data.tokenizers import INFO_FILE
 from fulltune.errors import ConfigError
-from fulltune.recipes import evaluate, finetune, pretrain, tokenizer
+from fulltune.recipes import corpus, evaluate, finetune, pretrain, settings_files, tokenizer
+from fulltune.recipes.chain_checks import check, naming
+from fulltune.recipes.chain_steps import KINDS, EvaluateStep, TokenizerStep, kind_of
 from fulltune.train.run_folder import has_run
 
-
-class TokenizerStep(TokenizerConfig):
-    """Train a tokenizer: the options of `fulltune tokenizer train`."""
-
-    train: tuple[str, ...]
-    """Text: files, folders, `asset:NAME`."""
-    output: str
-    """Folder of the tokenizer."""
-
-
-class EvaluateStep(Settings):
-    """Measure a model."""
-
-    model: str
-    """A run folder, or any model."""
-    data: str | None = None
-    """Labelled rows or text; null is the validation split of the run."""
-
-
-VERBS: dict[str, type[Settings]] = {
-    "tokenizer": TokenizerStep,
-    "pretrain": pretrain.Config,
-    "finetune": finetune.Config,
-    "evaluate": EvaluateStep,
-}
+__all__ = ["StepResult", "check", "load", "run"]
 
 
 @dataclass(frozen=True)
@@ -52,35 +30,41 @@ class StepResult:
 
 
 def load(path: Path) -> list[Settings]:
-    """Read the file of a chain; what is wrong is said before the first step.
+    """Read the file of a chain.
 
     Returns:
-        The settings of each step, of the classes in `VERBS`.
+        The settings of each step, of the classes in `KINDS`.
 
     Raises:
-        ConfigError: a setting of any step is unknown or not possible.
+        ConfigError: a setting of any step is unknown or not possible, or the file is no chain.
     """
     values = read_yaml(path)
+    settings_files.require(path, values, "chain")
     steps = values.get("steps")
-    if set(values) != {"steps"} or not isinstance(steps, list) or not steps:
+    if not isinstance(steps, list) or not steps:
         raise ConfigError(
             f"`{path}` is not a list of steps",
-            hint="write `steps:` and below it `- tokenizer: {...}`, `- pretrain: {...}` and so on",
+            hint="write `steps:` and below it `- tokenizer: {...}`, `- pretrain: {...}` and so on; "
+            "`fulltune settings chain` lists what is possible",
+        )
+    if others := [f"`{name}`" for name in values if name != "steps"]:
+        raise ConfigError(
+            f"`{path}` has {', '.join(others)} beside `steps`",
+            hint="write settings within the step they are of",
         )
     return [_read_step(step, number) for number, step in enumerate(steps, start=1)]
 
 
 def _read_step(step: object, number: int) -> Settings:
     verb = next(iter(step), None) if isinstance(step, dict) and len(step) == 1 else None
-    if verb not in VERBS or not isinstance(step, dict) or not isinstance(step[verb], dict):
+    if verb not in KINDS or not isinstance(step, dict) or not isinstance(step[verb], dict):
         raise ConfigError(
-            f"step {number} is not one verb with its settings",
-            hint=f"begin it with one of {', '.join(f'`{name}:`' for name in VERBS)}",
+            f"step {number} is not one kind of step with its settings",
+            hint=f"begin it with one of {', '.join(f'`{name}:`' for name in KINDS)}, and indent "
+            "its settings below",
         )
-    try:
-        return build_config(VERBS[verb], step[verb])
-    except ConfigError as error:
-        raise ConfigError(f"step {number}, {verb}: {error}", hint=error.hint) from None
+    with naming(number, verb):
+        return build_config(KINDS[verb].settings, step[verb])
 
 
 def run(
@@ -89,7 +73,12 @@ def run(
     resume: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[StepResult]:
-    """Take the steps in their order; with ``resume``, those that are finished are passed over.
+    """Check all steps, then take them in their order.
+
+    Args:
+        steps: the settings of each, of the classes in `KINDS`.
+        resume: pass over those that are finished.
+        say: told which step begins.
 
     Returns:
         What the steps made, up to the first that was interrupted.
@@ -97,11 +86,13 @@ def run(
     Raises:
         FulltuneError: of the step that failed; what the steps before it made stays.
     """
+    check(steps, resume=resume)
     results: list[StepResult] = []
     for number, step in enumerate(steps, start=1):
-        verb = next(name for name, kind in VERBS.items() if type(step) is kind)
+        verb = kind_of(step)
         say(f"step {number} of {len(steps)}: {verb}")
-        result = _take(step, verb, resume=resume)
+        with naming(number, verb):
+            result = _take(step, verb, resume=resume)
         if result is None:
             break
         results.append(result)
@@ -110,17 +101,12 @@ def run(
 
 def _take(step: Settings, verb: str, *, resume: bool) -> StepResult | None:
     """None where the step was interrupted."""
+    if isinstance(step, corpus.Config):
+        return _prepare_corpus(step, resume=resume)
     if isinstance(step, TokenizerStep):
-        output = Path(step.output)
-        options = step.model_dump(exclude={"train", "output"})
-        config = build_config(TokenizerConfig, options)
-        if resume and (output / INFO_FILE).is_file():
-            tokenizer.check_same(step.train, output, config)
-            return StepResult(verb, str(output), {}, done_before=True)
-        trained = tokenizer.train(step.train, output, config)
-        return StepResult(verb, str(output), _numbers(asdict(trained.statistics)))
+        return _train_tokenizer(step, resume=resume)
     if isinstance(step, EvaluateStep):
-        report = evaluate.run(step.model, data=step.data)
+        report = evaluate.run(step.model, data=step.data, columns=step.columns or None)
         return StepResult(verb, step.model, report.metrics)
     assert isinstance(step, finetune.Config)
     again = resume and has_run(Path(step.run_dir))
@@ -129,6 +115,25 @@ def _take(step: Settings, verb: str, *, resume: bool) -> StepResult | None:
     if ended.ending == "interrupted":
         return None
     return StepResult(verb, str(ended.run_dir), ended.metrics, ended.already_finished)
+
+
+def _prepare_corpus(step: corpus.Config, *, resume: bool) -> StepResult:
+    prepared = corpus.run(step, resume=resume)
+    counted = {
+        f"{split}_{unit}": held[unit]
+        for split, held in prepared.manifest["splits"].items()
+        for unit in ("documents", "characters")
+    }
+    return StepResult("corpus", str(prepared.folder), counted, prepared.already_finished)
+
+
+def _train_tokenizer(step: TokenizerStep, *, resume: bool) -> StepResult:
+    output, config = Path(step.output), step.config
+    if resume and (output / INFO_FILE).is_file():
+        tokenizer.check_same(step.sources, output, config, columns=step.columns)
+        return StepResult("tokenizer", str(output), {}, done_before=True)
+    trained = tokenizer.train(step.sources, output, config, columns=step.columns)
+    return StepResult("tokenizer", str(output), _numbers(asdict(trained.statistics)))
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

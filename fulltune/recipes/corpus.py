@@ -75,8 +75,8 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
         FulltuneError: of the kind that says what is wrong; no other corpus is touched.
     """
     folder = Path(config.output)
-    _check_settings(config)
-    _check_folder(folder, config, resume=resume)
+    check_settings(config)
+    check_folder(folder, config, resume=resume)
     if (folder / MANIFEST).exists():
         with display or make_display(title=str(folder)) as shown:
             return _finished_before(folder, shown)
@@ -120,8 +120,12 @@ def _finished_before(folder: Path, display: Display) -> Result:
     return Result(folder, manifest, already_finished=True)
 
 
-def _check_settings(config: Config) -> None:
-    """Whatever is wrong with the settings or missing is said before a file is read."""
+def check_settings(config: Config) -> None:
+    """Whatever is wrong with the settings is said before a file is read.
+
+    Raises:
+        ConfigError: a setting says nothing, or contradicts another.
+    """
     validation_share(config)
     if not config.source_list:
         raise ConfigError("`sources` names none", hint="name a file or a folder")
@@ -226,8 +230,12 @@ def _binary_notice(binary: Removed) -> str:
 # The folder
 
 
-def _check_folder(folder: Path, config: Config, *, resume: bool) -> None:
-    """Refuse a folder that holds anything else than this very corpus, finished or not."""
+def check_folder(folder: Path, config: Config, *, resume: bool) -> None:
+    """Refuse a folder that holds anything else than this very corpus, finished or not.
+
+    Raises:
+        RunFolderError: it does, or a corpus is there and ``resume`` is not given.
+    """
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"`{folder}` is a file", hint="give `output` another name")
     if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):

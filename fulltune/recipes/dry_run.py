@@ -1,11 +1,13 @@
-"""`fulltune finetune --dry-run`: what a run would take; nothing is trained, and no folder made."""
+"""`--dry-run` of `fulltune finetune` and `pretrain`: what a run would take, and no training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from fulltune.recipes.finetune import Config, assemble, check_settings, display_of
+from fulltune.recipes import pretrain
+from fulltune.recipes.finetune import FINETUNE, Config, assemble, check_settings, display_of
+from fulltune.recipes.prepare import check_task
 from fulltune.runtime import start_runtime
 from fulltune.tracking import format_bytes
 from fulltune.train.run_folder import check_run_folder
@@ -59,18 +61,23 @@ def plan(config: Config, *, resume: bool = False) -> Plan:
     """Read the data and load the model as a run does, and say what it would take.
 
     Args:
-        config: the settings of the run.
+        config: the settings of the run, of either verb.
         resume: whether the run in `run_dir` is to go on: it must be of these settings. Otherwise
             the folder is not looked at, so that the plan of a run can be seen again.
 
     Raises:
         FulltuneError: what would stop the run before its first step.
     """
-    metric = check_settings(config)
+    start = FINETUNE
+    if isinstance(config, pretrain.Config):
+        pretrain.check_settings(config)
+        check_task(config.task)
+        start = pretrain.start()
+    metric = check_settings(config, start)
     runtime = start_runtime(config.device)
     found = check_run_folder(Path(config.run_dir), config, resume=True) if resume else None
     with display_of(runtime, title="dry run", metric=metric) as display:
-        trainer = assemble(config, found, metric, runtime, display)
+        trainer = assemble(config, found, metric, runtime, display, start)
     return Plan(
         num_parameters=trainer.num_parameters,
         num_trained_parameters=trainer.num_trained,

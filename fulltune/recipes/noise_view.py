@@ -88,7 +88,7 @@ def show(objective: NoisyObjective, example: EncodedExample) -> Shown:
     if isinstance(objective, PermutationLM):
         return _show_permuted(batch)
     predicted = {place + 1 for place in batch["prediction_positions"].tolist()}
-    ids = batch["input_ids"].flatten()[: len(example["input_ids"])].tolist()
+    ids = objective.rearranged(example)["input_ids"]
     return [
         (token, "trained" if place in predicted else "context") for place, token in enumerate(ids)
     ]

@@ -110,6 +110,27 @@ def check_task(task: TaskConfig) -> None:
         ConfigError: a setting has no effect, or says nothing.
         DataError: a source is not there.
     """
+    check_task_settings(task)
+    for _, source in task_sources(task):
+        check_source(source)
+
+
+def task_sources(task: TaskConfig) -> list[tuple[str, str]]:
+    """The data that a task names, each source with the setting that names it."""
+    names = (task.train,) if isinstance(task.train, str) else task.train
+    sources = [("task.train", name) for name in names]
+    wanted = parse_validation(task.validation) if task.validation is not None else None
+    if isinstance(wanted, Source):
+        sources.append(("task.validation", wanted.source))
+    return sources
+
+
+def check_task_settings(task: TaskConfig) -> None:
+    """`check_task` without a look for the data, which may be still to be made.
+
+    Raises:
+        ConfigError: a setting has no effect, or says nothing.
+    """
     only = {"template": ("chat", task.template), "labels": ("classification", task.labels)}
     for name, (kind, value) in only.items():
         if value is not None and task.kind != kind:
@@ -133,11 +154,8 @@ def check_task(task: TaskConfig) -> None:
             "it needs two or more, all different",
             hint="leave it out to take the labels of the training data",
         )
-    for source in (task.train,) if isinstance(task.train, str) else task.train:
-        check_source(source)
-    wanted = parse_validation(task.validation) if task.validation is not None else None
-    if isinstance(wanted, Source):
-        check_source(wanted.source)
+    if task.validation is not None:
+        parse_validation(task.validation)
 
 
 def make_objective(
@@ -224,6 +242,9 @@ def prepare(
         end_token_ids=ends,
         unknown_token_id=unknown_token_id(objective.tokenizer),
     )
+    if task.kind == "text":
+        has_end = objective.tokenizer.eos_token_id is not None
+        facts = facts.model_copy(update={"documents_end": has_end})
     findings = check(facts, may_truncate=may_truncate)
     return Prepared(
         objective, dataset, train, split.validation, facts, findings, tuple(notes), encoded.sources

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -43,6 +43,7 @@ from fulltune.recipes.prepare import (
     Base,
     Prepared,
     check_task,
+    check_task_settings,
     encode_task,
     open_base,
     sides,
@@ -50,6 +51,9 @@ from fulltune.recipes.prepare import (
 )
 from fulltune.recipes.prepare import prepare as prepare_windows
 from fulltune.tracking import Display
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PretrainingObjective: TypeAlias = CausalLM | ArrangingObjective
 """`CausalLM` cuts a document when it encodes it, the others once the documents are split."""
@@ -72,8 +76,9 @@ class ObjectiveConfig(Settings):
     permutation: PermutationConfig = PermutationConfig()
     spans: SpanConfig = SpanConfig()
     fim_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """`causal_lm` with `stream`: share of the documents whose middle is moved to the end between
-    `<fim_prefix>`, `<fim_suffix>` and `<fim_middle>`; held-out text is left as it is."""
+    """`causal_lm` with `stream`: share of the documents, or of their parts in a window, that are
+    written with `<fim_prefix>`, `<fim_suffix>` and `<fim_middle>`, their middle at the end; a new
+    tokenizer has these by `--fill-in-the-middle`. Held-out text is left as it is."""
 
     @model_validator(mode="after")
     def _refuse_settings_without_effect(self) -> ObjectiveConfig:
@@ -186,17 +191,21 @@ def run(config: Config, *, resume: bool = False, display: Display | None = None)
         FulltuneError: of the kind that says what is wrong; nothing of another run is touched.
     """
     check_settings(config)
+    check_task(config.task)
+    return finetune.run(config, resume=resume, display=display, start=start())
+
+
+def start() -> finetune.Start:
+    """How a run of pre-training opens its model and reads its data."""
     metrics = {name for kind in OBJECTIVES.values() for name in kind.metrics}
-    start = finetune.Start(open_start, prepare, tuple(sorted(metrics)))
-    return finetune.run(config, resume=resume, display=display, start=start)
+    return finetune.Start(open_start, prepare, tuple(sorted(metrics)))
 
 
 def check_settings(config: Config) -> None:
-    """What is wrong without a look at the model or into the data, as it is quick to find.
+    """What is wrong without a look at the model or for the data, as it is quick to find.
 
     Raises:
         ConfigError: the task is not of documents, or a setting has no effect.
-        DataError: a source is not there.
     """
     if config.task.kind != "text":
         raise ConfigError(
@@ -208,24 +217,30 @@ def check_settings(config: Config) -> None:
             "`task.max_length` has no effect in pre-training, whose examples are made of documents",
             hint="set `objective.length` instead",
         )
-    check_task(config.task)
+    check_task_settings(config.task)
 
 
-def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, PretrainingObjective]:
+def open_start(
+    config: Config,
+    *,
+    with_weights: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[Base, PretrainingObjective]:
     """The model to start from, made where it is new, and what it learns.
 
-    Without weights the path of a new model is that of its tokenizer.
+    Args:
+        config: of the run.
+        with_weights: without them the path of a new model is that of its tokenizer.
+        tokenizer: stands for that of a new model, where its folder is still to be made.
 
     Raises:
         ConfigError: the family cannot do the objective, or a setting has no effect with it.
         ModelError: there is no tokenizer for a new model.
     """
-    chosen = config.objective
     if not is_new_model(config.model):
         base = _open_trained(config)
         if config.convert_to is not None:
             base = _converted(base, config.seed)
-        kind = _kind_for(config, family_of(base.config), base.config.model_type)
     else:
         if config.convert_to is not None:
             raise ConfigError(
@@ -237,13 +252,28 @@ def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, Pret
                 f"`model: {config.model}` is new and has no tokenizer",
                 hint="train one by `fulltune tokenizer train`, and name its folder as `tokenizer`",
             )
-        path = tokenizer_folder(config.tokenizer)
-        tokenizer = load_tokenizer(path)
+        if tokenizer is None:
+            path = tokenizer_folder(config.tokenizer)
+            tokenizer = load_tokenizer(path)
+        else:
+            path = Path(config.tokenizer)
         new = make_config(config.model, tokenizer, config.architecture)
         kind = _kind_for(config, family_of(new), new.model_type)
         if with_weights:
             path = make_model(new, tokenizer, head=kind.head, seed=config.seed)
         base = Base(path, new, tokenizer)
+    return base, make_objective(base, config)
+
+
+def make_objective(base: Base, config: Config) -> PretrainingObjective:
+    """What a model learns by the settings.
+
+    Raises:
+        ConfigError: the family cannot do the objective, or a setting has no effect with it.
+        ModelError: the tokenizer lacks what the objective needs.
+    """
+    chosen, family = config.objective, family_of(base.config)
+    kind = _kind_for(config, family, base.config.model_type)
     context = context_length(base.config)
     length = chosen.length or min(context, DEFAULT_LENGTH)
     if length > context and context < UNLIMITED_CONTEXT:
@@ -251,8 +281,21 @@ def open_start(config: Config, *, with_weights: bool = True) -> tuple[Base, Pret
             f"`objective.length` is {length:,}, but the model's context is {context:,} tokens",
             hint=f"give at most {context}",
         )
-    objective = kind.build(base, family_of(base.config), chosen, length)
-    return base, _with_loss_settings(objective, config)
+    objective = kind.build(base, family, chosen, length)
+    if kind.head == "causal_lm" and is_new_model(config.model):
+        _require_end_token(base.tokenizer)
+    return _with_loss_settings(objective, config)
+
+
+def _require_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Without it a new model would never learn where a text ends, and could not stop writing."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of `{tokenizer.name_or_path}` has no `eos_token`, so that a new model "
+            "would not learn where a text ends",
+            hint="use a tokenizer made for GPT (`--family gpt`), or name the token in "
+            "tokenizer_config.json",
+        )
 
 
 def _open_trained(config: Config) -> Base:
@@ -262,13 +305,22 @@ def _open_trained(config: Config) -> Base:
         if near := near_names(config.model, PRESETS):
             error.hint = f"did you mean the size `{near[0]}`? " + (error.hint or "")
         raise
+    refuse_settings_of_new_models(config)
+    return base
+
+
+def refuse_settings_of_new_models(config: Config) -> None:
+    """Refuse what has no effect with a trained model.
+
+    Raises:
+        ConfigError: it is set.
+    """
     for name in ("tokenizer", "architecture"):
         if getattr(config, name):
             raise ConfigError(
                 f"`{name}` has no effect with the trained model `{config.model}`",
                 hint=f"leave it out, or start anew from a size: {', '.join(PRESETS)}",
             )
-    return base
 
 
 def _with_loss_settings(objective: PretrainingObjective, config: Config) -> PretrainingObjective:
@@ -371,11 +423,12 @@ def prepare(
         documents = Sections(encoded.train, SECTION_TOKENS)
     split = split_task(encoded, documents, task, seed=seed)
     parts = [objective.arrange(documents, split.train, seed)]
+    held_out = objective.held_out if isinstance(objective, CausalStream) else objective
     if encoded.validation is not None:
         everything = np.arange(len(encoded.validation))
-        parts.append(objective.arrange(encoded.validation, everything, seed))
+        parts.append(held_out.arrange(encoded.validation, everything, seed))
     elif is_split:
-        parts.append(objective.arrange(documents, split.validation, seed))
+        parts.append(held_out.arrange(documents, split.validation, seed))
     # Sections have no columns of their own to count: then all is counted as one.
     everything = np.arange(len(encoded.joined))
     counted = {"train": everything} if isinstance(documents, Sections) else sides(split, task)

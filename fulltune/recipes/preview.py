@@ -26,12 +26,13 @@ from fulltune.memory.plan import MICRO_BATCH_TOKENS
 from fulltune.models.presets import is_new_model
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification
-from fulltune.recipes import pretrain
+from fulltune.recipes import pretrain, settings_files
 from fulltune.recipes.finetune import Config
 from fulltune.recipes.noise_view import count_examples, make_noisy_samples
 from fulltune.recipes.prepare import (
     UNLIMITED,
     Prepared,
+    check_task,
     find_examples,
     make_objective,
     open_base,
@@ -114,9 +115,10 @@ def read_config(path: Path, overrides: Sequence[str]) -> Config:
         ConfigError: as `load_config`.
     """
     values = read_yaml(path)
+    settings_files.require(path, values, "finetune", "pretrain")
     names = {*values, *(key.partition("=")[0].split(".")[0].strip() for key in overrides)}
-    only_pretraining = pretrain.Config.model_fields.keys() - Config.model_fields.keys()
     is_new = is_new_model(str(values.get("model", "")))
+    only_pretraining = pretrain.Config.model_fields.keys() - Config.model_fields.keys()
     kind = pretrain.Config if is_new or not names.isdisjoint(only_pretraining) else Config
     return load_config(kind, path, overrides)
 
@@ -127,6 +129,7 @@ def _prepare(config: Config, display: Display) -> Prepared:
 
     if isinstance(config, pretrain.Config):
         pretrain.check_settings(config)
+        check_task(config.task)
         _, objective = pretrain.open_start(config, with_weights=False)
         display.stage("reading and tokenizing the data")
         return pretrain.prepare(config, objective, progress)

@@ -107,7 +107,13 @@ def train(
     return Trained(output, statistics, measured_on, num_training)
 
 
-def check_same(sources: Sequence[str], folder: Path, config: TokenizerConfig) -> None:
+def check_same(
+    sources: Sequence[str],
+    folder: Path,
+    config: TokenizerConfig,
+    *,
+    columns: Mapping[str, str] | None = None,
+) -> None:
     """See that `train` would make the tokenizer that a folder holds.
 
     Raises:
@@ -121,10 +127,14 @@ def check_same(sources: Sequence[str], folder: Path, config: TokenizerConfig) ->
         wanted["vocab_size"] = family.vocab_size
         if algorithm == "characters":
             del wanted["vocab_size"]  # as many as the text has
-    differing = [name for name, value in wanted.items() if info["settings"].get(name) != value]
+    # A tokenizer of an earlier version lacks the settings that came since, and is without them.
+    found = {**TokenizerConfig(family=config.family).model_dump(mode="json"), **info["settings"]}
+    differing = [name for name, value in wanted.items() if found[name] != value]
     made_of = {part["source"]: part["fingerprint"] for part in info["sources"]}
     if made_of != {source: source_fingerprint(source) for source in sources}:
         differing.append("train")
+    if info["columns"] != dict(columns or {}):
+        differing.append("columns")
     if differing:
         raise ConfigError(
             f"`{folder}` holds a tokenizer of other settings or text (differs in "

@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fulltune.config import build_config
 from fulltune.data.documents import cut_document, is_held_out
 from fulltune.data.tokenizer_statistics import measure_tokenizer
-from fulltune.data.tokenizers import TokenizerConfig, train_tokenizer, write_tokenizer
+from fulltune.data.tokenizers import FIM_TOKENS, TokenizerConfig, train_tokenizer, write_tokenizer
 from fulltune.errors import ConfigError, DataError
+from fulltune.objectives.fill_in_the_middle import fim_ids
 
 SUBJECTS = ("the river", "a painter", "the old house", "every bird", "no winter", "the market")
 VERBS = ("crosses", "remembers", "paints", "forgets", "follows", "answers")
@@ -79,6 +80,27 @@ def test_gpt_ends_and_pads_with_endoftext(gpt: PreTrainedTokenizerFast, tmp_path
     assert tokenizer("The river").input_ids == tokenizer.encode(
         "The river", add_special_tokens=False
     )
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "characters"])
+def test_gpt_has_the_sentinels_of_fill_in_the_middle_if_asked(
+    tmp_path: Path, algorithm: str
+) -> None:
+    size = 400 if algorithm == "bpe" else None
+    plain = train("gpt", size, algorithm=algorithm)
+    tokenizer = saved(
+        train("gpt", size, algorithm=algorithm, fill_in_the_middle=True), tmp_path / "tokenizer"
+    )
+    assert set(FIM_TOKENS) <= set(tokenizer.all_special_tokens)
+    assert set(FIM_TOKENS).isdisjoint(plain.get_vocab())
+    assert len(tokenizer) == (400 if size else len(plain) + 3)
+    prefix, middle, suffix = fim_ids(tokenizer)
+    text = "<fim_prefix>a<fim_suffix>c<fim_middle>b"
+    ids = tokenizer(text)["input_ids"]
+    assert [ids[0], ids[2], ids[4]] == [prefix, suffix, middle]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "acb"
+    with pytest.raises(ValueError, match="has no effect with `family: bert`"):
+        TokenizerConfig(family="bert", fill_in_the_middle=True)
 
 
 def test_bert_gives_segments_and_splits_chinese_into_characters(tmp_path: Path) -> None:

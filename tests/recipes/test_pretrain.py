@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fulltune.config import build_config
+from fulltune.data.tokenizers import FIM_TOKENS
 from fulltune.errors import ConfigError, FulltuneError, ModelError
-from fulltune.objectives.fill_in_the_middle import FIM_TOKENS
 from fulltune.recipes import evaluate, finetune, pretrain
 from fulltune.tracking import read_metrics
 from fulltune.train.checkpoint import last_checkpoint
@@ -329,6 +329,37 @@ def test_a_trained_model_takes_no_other_tokenizer(
     }  # fmt: skip
     with pytest.raises(ConfigError, match="`tokenizer` has no effect"):
         pretrain.run(build_config(pretrain.Config, values))
+
+
+@pytest.fixture
+def without_end(tiny_gpt2: Path, tmp_path: Path) -> Path:
+    """A GPT whose tokenizer pads, and ends no text."""
+    folder = tmp_path / "without-end"
+    shutil.copytree(tiny_gpt2, folder)
+    path = folder / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    del values["eos_token"]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
+def test_a_new_gpt_needs_a_tokenizer_that_ends_texts_and_a_trained_one_warns(
+    tmp_path: Path, corpus: Path, without_end: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stream in (False, True):
+        config = make_config(
+            tmp_path / "run", corpus, without_end, "gpt2-tiny",
+            objective={"length": 32, "stream": stream},
+        )  # fmt: skip
+        with pytest.raises(ModelError, match=r"without-end` has no `eos_token`") as caught:
+            pretrain.run(config)
+        assert "--family gpt" in str(caught.value.hint)
+        assert not (tmp_path / "run").exists()
+    trained: dict[str, Any] = {"model": str(without_end), "tokenizer": None, "architecture": {}}
+    values = make_config(tmp_path / "run", corpus, without_end, "gpt2-tiny", duration="1 steps")
+    assert pretrain.run(values.model_copy(update=trained)).ending == "finished"
+    said = capsys.readouterr().err
+    assert "warning: the tokenizer has no `eos_token`, so that the model does not learn" in said
 
 
 def test_a_mistyped_size_is_named(tmp_path: Path, corpus: Path, tiny_gpt2: Path) -> None:

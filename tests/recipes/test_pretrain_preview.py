@@ -13,12 +13,15 @@ from rich.console import Console
 
 from fulltune.data.preview_facts import PreviewFacts
 from fulltune.data.tokenizers import (
+    FIM_TOKENS,
     TokenizerConfig,
     TokenizerFamily,
     train_tokenizer,
     write_tokenizer,
 )
 from fulltune.errors import ConfigError
+from fulltune.objectives.causal_stream import CausalStream
+from fulltune.objectives.fill_in_the_middle import fim_ids
 from fulltune.objectives.noise import noise_seed
 from fulltune.recipes import finetune, pretrain, preview
 from fulltune.recipes.noise_view import NoisyObjective, show
@@ -54,7 +57,9 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a character tokenizer of each family."""
     folder = tmp_path_factory.mktemp("tokenizers")
     for family in MODELS:
-        config = TokenizerConfig(family=family, algorithm="characters")
+        config = TokenizerConfig(
+            family=family, algorithm="characters", fill_in_the_middle=family == "gpt"
+        )
         write_tokenizer(train_tokenizer(TEXTS, config), folder / family, info={})
     return folder
 
@@ -130,6 +135,35 @@ def test_a_preview_of_pretraining_counts_and_shows_examples_and_writes_nothing(
         assert "segment" in plain
     assert not (tmp_path / "run").exists()
     assert not (cache / "models").exists()
+
+
+def test_documents_are_shown_as_fill_in_the_middle_writes_them_and_held_out_ones_are_not(
+    tmp_path: Path, tokenizers: Path
+) -> None:
+    objective = {"stream": True, "fim_rate": 1.0}
+    path = write_config(tmp_path, tokenizers, "gpt", objective)
+    plain = shown(path)
+    assert all(token in plain for token in FIM_TOKENS)
+    config = preview.read_config(path, [])
+    assert isinstance(config, pretrain.Config)
+    _, made = pretrain.open_start(config, with_weights=False)
+    prepared = pretrain.prepare(config, made, lambda done: None)
+    assert isinstance(prepared.objective, CausalStream)
+    example = prepared.dataset[0]
+    example["noise_seed"] = noise_seed(config.seed, 0, 0)
+    tokens = [token for token, _ in show(prepared.objective, example)]
+    sentinels = set(fim_ids(prepared.objective.tokenizer))
+    assert sorted(set(tokens) - sentinels) == sorted(set(example["input_ids"]))
+    assert len(example["input_ids"]) < len(tokens) <= 64
+    # Losses are compared with those of a run without, in the same windows.
+    without = write_config(tmp_path, tokenizers, "gpt", {"stream": True})
+    config = preview.read_config(without, [])
+    assert isinstance(config, pretrain.Config)
+    _, made = pretrain.open_start(config, with_weights=False)
+    other = pretrain.prepare(config, made, lambda done: None)
+    assert [prepared.dataset[index]["input_ids"] for index in prepared.validation.tolist()] == [
+        other.dataset[index]["input_ids"] for index in other.validation.tolist()
+    ]
 
 
 def test_held_out_tokens_are_counted_as_an_evaluation_hides_them(
