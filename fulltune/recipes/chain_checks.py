@@ -69,7 +69,9 @@ def naming(number: int, verb: str) -> Generator[None]:
     try:
         yield
     except FulltuneError as error:
-        raise type(error)(f"step {number}, {verb}: {error}", hint=error.hint) from None
+        # The same error: it may know more than its message, such as the rows of a loss.
+        error.args = (f"step {number}, {verb}: {error}",)
+        raise
 
 
 def check(steps: Sequence[Settings], *, resume: bool) -> None:
@@ -88,7 +90,7 @@ def check(steps: Sequence[Settings], *, resume: bool) -> None:
         verb = kind_of(step)
         with naming(number, verb):
             _check_settings(step)
-            for source in KINDS[verb].sources(step):
+            for source in () if _is_finished_corpus(step, resume) else KINDS[verb].sources(step):
                 _check_source(source, number, folders)
             model = _check_model(step, folders, models)
             if model is not None:
@@ -96,6 +98,13 @@ def check(steps: Sequence[Settings], *, resume: bool) -> None:
             if isinstance(step, EvaluateStep):
                 _check_held_out(step, folders)
             _check_output(step, resume=resume)
+
+
+def _is_finished_corpus(step: Settings, resume: bool) -> bool:
+    """Its raw text may be gone; where it is not, it is compared when the step is passed over."""
+    if not (resume and isinstance(step, corpus.Config)):
+        return False
+    return (Path(step.output) / corpus.MANIFEST).exists()
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -298,12 +307,13 @@ def _check_model(step: Settings, folders: Sequence[Folder], models: dict[int, Ba
             else:
                 return None
         return pretrain.open_start(step, with_weights=False, tokenizer=tokenizer)[0]
+    if isinstance(step, pretrain.Config):
+        pretrain.refuse_settings_of_new_models(step)
     maker = _maker(step.model, folders)
     base = models.get(maker.number) if maker is not None else None
     if base is None:
         return None
     if isinstance(step, pretrain.Config):
-        pretrain.refuse_settings_of_new_models(step)
         if step.convert_to is not None:
             return None  # another family, which needs the weights
         pretrain.make_objective(base, step)
@@ -321,7 +331,15 @@ def _stand_in(step: TokenizerStep) -> PreTrainedTokenizerBase:
 def _check_held_out(step: EvaluateStep, folders: Sequence[Folder]) -> None:
     """That there is something to measure on."""
     maker = _maker(step.model, folders)
-    if step.data is not None or maker is None:
+    if step.data is not None:
+        return
+    if maker is None:
+        path = Path(step.model).expanduser()
+        if not has_run(path) and not has_run(path.parent):
+            raise ConfigError(
+                f"`data` is not set, and `{step.model}` is no run, which would hold some out",
+                hint="name the data as `data`",
+            )
         return
     if isinstance(maker.step, finetune.Config) and maker.step.task.validation is None:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ import yaml
 from fulltune.cli import main
 from fulltune.errors import ConfigError, FulltuneError
 from fulltune.recipes import chain
+from fulltune.recipes.chain_checks import naming
+from fulltune.train.health import NonFiniteError
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +203,14 @@ WRONG: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
         ),
         r"step 4, evaluate: `data` is not set, and step 3 \(finetune\) holds nothing out",
     ),
+    "a model that holds nothing out": (
+        lambda steps: settings_of(steps, 4).update(model="asset:all-minilm-l6-v2", data=None),
+        "step 4, evaluate: `data` is not set, and `asset:all-minilm-l6-v2` is no run",
+    ),
+    "a tokenizer beside a trained model": (
+        lambda steps: settings_of(steps, 2).update(model="asset:all-minilm-l6-v2"),
+        "step 2, pretrain: `tokenizer` has no effect with the trained model",
+    ),
     "a device that there is not": (
         lambda steps: settings_of(steps, 3).update(device="cuda:99"),
         "step 3, finetune: .*cuda:99",
@@ -276,9 +287,18 @@ def test_a_chain_begins_with_raw_text_and_its_corpus_is_not_prepared_twice(
     verbs = ["corpus", "tokenizer", "pretrain", "finetune", "evaluate"]
     assert [result.verb for result in results] == verbs
     assert results[0].metrics["train_documents"] > results[0].metrics["validation_documents"] > 0
+    (tmp_path / "corpus.jsonl").unlink()  # raw text may go once its corpus is prepared
     again = chain.run(steps, resume=True)
     assert [result.done_before for result in again] == [True, True, True, True, False]
     assert again[-1].metrics == results[-1].metrics
+
+
+def test_an_error_of_a_step_keeps_all_that_it_knows() -> None:
+    with pytest.raises(NonFiniteError, match="^step 2, pretrain: step 7: loss is nan") as caught:
+        with naming(2, "pretrain"):
+            raise NonFiniteError(7, math.nan, 1.0, [3])
+    assert caught.value.micro_batches == (3,)
+    assert caught.value.exit_code == 1
 
 
 @pytest.mark.parametrize(
