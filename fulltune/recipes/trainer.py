@@ -84,6 +84,7 @@ class Trainer:
             require_own_weights(
                 layers, depth, setting="optimizer.layer_lr_decay", hint="leave it out"
             )
+        on_all_ranks(runtime, lambda: require_trainable(self.model, self.objective))
         self.masters = MasterWeights(self.model, precision.dtype)
         self.kernels = install_fast_kernels(self.model)
         on_all_ranks(
@@ -174,7 +175,6 @@ class Trainer:
         if self.objective.head == "causal_lm":
             with tried(model):
                 require_plain_head(model)
-                require_trainable(model, self.objective)
         if self.objective.head == "sequence_to_sequence":
             require_plain_decoder_head(model)
         return model

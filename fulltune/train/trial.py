@@ -15,10 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fulltune.data.encoding import EncodedExample
-from fulltune.errors import FulltuneError, ModelError
+from fulltune.errors import FulltuneError, ModelError, first_line
+from fulltune.models.evaluation_mode import evaluation_mode
 from fulltune.models.families import FAMILIES
 from fulltune.objectives.base import Objective, to_device
 from fulltune.optim.master_weights import MasterWeights
+from fulltune.runtime import preserved_random_state
 
 _LENGTHS = (12, 7)
 _SAME = 1e-4
@@ -55,8 +57,8 @@ def tried(model: PreTrainedModel, how: str = "", *, hint: str = _HINT) -> Genera
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
         if is_known(model):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise _cannot(model, f"{type(error).__name__}: {reason}", how=how, hint=hint) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise _cannot(model, reason, how=how, hint=hint) from error
 
 
 def require_trainable(model: PreTrainedModel, objective: Objective) -> None:
@@ -76,8 +78,7 @@ def require_trainable(model: PreTrainedModel, objective: Objective) -> None:
     if is_known(model) or objective.head != "causal_lm":
         return
     first, second = rows = _rows(model)
-    with tried(model), _modes_kept(model):
-        model.eval()
+    with tried(model), evaluation_mode(model):
         first_TH, second_TH = _hidden_states(model, rows)
         alone_TH = _hidden_states(model, [second])[0]
         if _differ(second_TH[: len(second)], alone_TH):
@@ -115,7 +116,7 @@ def require_trainable_in(
 
 def _try_step(model: PreTrainedModel, objective: Objective) -> None:
     device = next(model.parameters()).device
-    with _modes_kept(model), torch.random.fork_rng():
+    with evaluation_mode(model), preserved_random_state():
         model.train()
         batch = objective.collate([_example(ids) for ids in _rows(model)])
         objective.loss_sum(model, to_device(batch, device)).backward()
@@ -124,16 +125,6 @@ def _try_step(model: PreTrainedModel, objective: Objective) -> None:
 def _rows(model: PreTrainedModel) -> list[list[int]]:
     vocab_size = model.config.get_text_config().vocab_size
     return [[token % vocab_size for token in range(3, 3 + length)] for length in _LENGTHS]
-
-
-@contextmanager
-def _modes_kept(model: PreTrainedModel) -> Generator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
