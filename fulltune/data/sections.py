@@ -29,8 +29,6 @@ class Sections:
         self._start = (np.arange(len(self._document)) - firsts[self._document]) * num_tokens
         rest = documents.lengths[self._document] - self._start
         self.lengths: npt.NDArray[Any] = np.minimum(rest, num_tokens).astype(np.int32)
-        self.ends_document: npt.NDArray[np.bool_] = rest <= num_tokens
-        """Whether a section is the last of its document."""
         self.fingerprint = f"{documents.fingerprint}-{num_tokens}-in-order"
         places = zip(self._document.tolist(), self._start.tolist(), strict=True)
         hashes = [content_hash(self.fingerprint, f"{row}:{start}") for row, start in places]

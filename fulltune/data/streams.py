@@ -74,7 +74,9 @@ class TokenStream:
         ends: npt.NDArray[np.bool_] = np.ones(len(order), dtype=np.bool_)
         if isinstance(documents, Sections):
             order = _by_document(order, documents.documents_of(order), generator)
-            ends = documents.ends_document[order]
+            # Also where the true end lies in another split: what follows is no part of the document.
+            document_of = documents.documents_of(order)
+            ends[:-1] = document_of[1:] != document_of[:-1]
         else:
             generator.shuffle(order)
         self._order: Int64Array = order
