@@ -143,6 +143,11 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         index = local_rank if chosen.index is None else chosen.index
         if index >= count:
             found = f"torch {torch.__version__} sees {count or 'no'} GPU{'s' if count > 1 else ''}"
+            if count and chosen.index is None:
+                raise ConfigError(
+                    f"there is no GPU for process {local_rank + 1} of this machine: {found}",
+                    hint=f"start at most {count} processes a machine",
+                )
             raise ConfigError(
                 f"`device` is {device!r}, but that GPU is not there: {found}",
                 hint=f"write `cuda:0`{f' to `cuda:{count - 1}`' if count > 1 else ''}, or `cpu`"

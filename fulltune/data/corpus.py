@@ -368,5 +368,6 @@ def _finished_chunk(folder: Path, chunk: Chunk) -> Tally | None:
         return read_chunk(path, ["characters"])[1]
     except FileNotFoundError:
         return None
-    except (pa.ArrowException, OSError):  # damaged since; it is made again
+    # Damaged since, or counted by an earlier version: it is made again.
+    except (pa.ArrowException, OSError, KeyError):
         return None
