@@ -74,7 +74,7 @@ class TokenStream:
         ends: npt.NDArray[np.bool_] = np.ones(len(order), dtype=np.bool_)
         if isinstance(documents, Sections):
             order = _by_document(order, documents.documents_of(order), generator)
-            # Also where the true end lies in another split: what follows is no part of the document.
+            # Also where its end lies in another split: what follows is no part of the document.
             document_of = documents.documents_of(order)
             ends[:-1] = document_of[1:] != document_of[:-1]
         else:

@@ -294,9 +294,9 @@ def test_a_chain_begins_with_raw_text_and_its_corpus_is_not_prepared_twice(
 
 
 def test_an_error_of_a_step_keeps_all_that_it_knows() -> None:
-    with pytest.raises(NonFiniteError, match="^step 2, pretrain: step 7: loss is nan") as caught:
-        with naming(2, "pretrain"):
-            raise NonFiniteError(7, math.nan, 1.0, [3])
+    said = "step 2, pretrain: step 7: loss is nan"
+    with pytest.raises(NonFiniteError, match=said) as caught, naming(2, "pretrain"):
+        raise NonFiniteError(7, math.nan, 1.0, [3])
     assert caught.value.micro_batches == (3,)
     assert caught.value.exit_code == 1
 
