@@ -164,14 +164,23 @@ def _through_end_of_turn(tokenizer: PreTrainedTokenizerBase, answer: str) -> str
     return stripped if stripped.endswith(tuple(special_tokens(tokenizer).ids)) else answer
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generate: bool, where: str
-) -> str:
+def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that cannot render a conversation.
+
+    Raises:
+        ModelError: it has no chat template.
+    """
     if not tokenizer.chat_template:
         raise ModelError(
             "the model has no chat template",
             hint="set `task.template: chatml`, or give a Jinja file",
         )
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generate: bool, where: str
+) -> str:
+    require_template(tokenizer)
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate)

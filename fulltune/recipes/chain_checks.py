@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fulltune.config import Settings
+from fulltune.data.chat import require_template
 from fulltune.data.records import ASSET_PREFIX, check_source
 from fulltune.data.tokenizers import INFO_FILE, check_output, check_vocabulary_size, stand_in
 from fulltune.errors import ConfigError, FulltuneError, ModelError, near_names
@@ -29,7 +31,7 @@ from fulltune.recipes.chain_steps import (
     TokenizerStep,
     kind_of,
 )
-from fulltune.recipes.prepare import Base, check_task_settings, make_objective
+from fulltune.recipes.prepare import Base, check_task_settings, make_objective, with_template
 from fulltune.runtime import choose_device
 from fulltune.train.run_folder import MODEL, MODEL_LAST, check_run_folder, has_run
 
@@ -318,6 +320,9 @@ def _check_model(step: Settings, folders: Sequence[Folder], models: dict[int, Ba
             return None  # another family, which needs the weights
         pretrain.make_objective(base, step)
     else:
+        base = with_template(replace(base, tokenizer=deepcopy(base.tokenizer)), step.task)
+        if step.task.kind == "chat":
+            require_template(base.tokenizer)
         make_objective(base, step.task, label_smoothing=step.label_smoothing, z_loss=step.z_loss)
     return base
 

@@ -93,14 +93,20 @@ def open_base(model: str, task: TaskConfig) -> Base:
     """
     check_task(task)
     path = resolve_model(model)
-    config = load_model_config(path)
-    tokenizer = load_tokenizer(path)
-    new_tokens: dict[int, list[int]] = {}
-    if task.template is not None:
-        set_chat_template(tokenizer, task.template)
-        if task.template in CHAT_TEMPLATES:
-            new_tokens = add_markers(tokenizer)
-    return Base(path, config, tokenizer, new_tokens=new_tokens)
+    return with_template(Base(path, load_model_config(path), load_tokenizer(path)), task)
+
+
+def with_template(base: Base, task: TaskConfig) -> Base:
+    """A model whose tokenizer is given the chat template of the task, in place, if it names one.
+
+    Raises:
+        ConfigError: no such template, or it cannot be rendered.
+    """
+    if task.template is None:
+        return base
+    set_chat_template(base.tokenizer, task.template)
+    built_in = task.template in CHAT_TEMPLATES
+    return replace(base, new_tokens=add_markers(base.tokenizer) if built_in else {})
 
 
 def check_task(task: TaskConfig) -> None:

@@ -211,6 +211,14 @@ WRONG: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
         lambda steps: settings_of(steps, 2).update(model="asset:all-minilm-l6-v2"),
         "step 2, pretrain: `tokenizer` has no effect with the trained model",
     ),
+    "a chat without a template": (
+        lambda steps: (
+            settings_of(steps, 1).update(family="gpt", vocab_size=300),
+            settings_of(steps, 2).update(model="gpt2-tiny", architecture={}),
+            settings_of(steps, 3)["task"].update(kind="chat"),
+        ),
+        "step 3, finetune: the model has no chat template",
+    ),
     "a device that there is not": (
         lambda steps: settings_of(steps, 3).update(device="cuda:99"),
         "step 3, finetune: .*cuda:99",
