@@ -174,7 +174,12 @@ def mark_special_text(
 def encode_beside_special_text(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]
 ) -> tuple[list[int], list[Span]]:
-    """Token ids and their places in the text, where special tokens in ``spans`` are plain text."""
+    """Token ids and their places in the text, where special tokens in ``spans`` are plain text.
+
+    Raises:
+        DataError: to this tokenizer a special token is a piece like any other, which it finds in
+            plain text too.
+    """
     special = special_tokens(tokenizer)
     (mark,) = _unused(text, 1, "the conversation")
     parts: list[str] = []
@@ -196,6 +201,14 @@ def encode_beside_special_text(
     origins.append(len(text))
     backend, ids_of_stand_ins = special.plain_copy(mark)
     encoding = backend.encode("".join(parts), add_special_tokens=False)
+    written = {text[start:stop] for start, stop in spans} - {tokenizer.unk_token}
+    taken = {special.ids[token] for token in written} & set(encoding.ids)
+    if taken:
+        token = tokenizer.convert_ids_to_tokens(min(taken))
+        raise DataError(
+            f"a message holds `{token}`, which this tokenizer takes for the token even so",
+            hint="take it out of the message",
+        )
     return (
         [ids_of_stand_ins.get(index, index) for index in encoding.ids],
         [(origins[start], origins[end]) for start, end in encoding.offsets],

@@ -68,6 +68,19 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
+def test_text_that_a_tokenizer_always_takes_for_the_token_is_refused() -> None:
+    pieces = ["<unk>", "</s>", "▁", *"[]/INST<>.ahios"]
+    backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", chat_template=LLAMA_2
+    )
+    ids, _ = encode(tokenizer, conversation("a <unk> is"))
+    assert ids.count(1) == 1
+    with pytest.raises(DataError, match="`</s>`, which this tokenizer takes for the token even so"):
+        encode(tokenizer, conversation("a </s> is"))
+
+
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
 def test_a_special_token_written_in_a_message_never_becomes_the_token(
     tiny_llama: Path, role: str
