@@ -152,9 +152,12 @@ def test_both_starts_are_fine_tuned_alike_and_differ_in_their_weights_alone(
     assert helps.main() in (0, 1)
     written = json.loads(output.read_text(encoding="utf-8"))
     (found,) = written["comparisons"]
-    assert [(each["start"], each["lr"]) for each in found["all"]] == [
-        ("pre-trained", 1e-3), ("new", 1e-3), ("pre-trained", 2e-3), ("new", 2e-3),
-    ]  # fmt: skip
+    assert [(each["optimizer"], each["lr"], each["start"]) for each in found["all"]] == [
+        (optimizer, lr, start)
+        for optimizer in helps.FINE_TUNING[family]
+        for lr in (1e-3, 2e-3)
+        for start in ("pre-trained", "new")
+    ]
     assert all(len(each["test"]) == len(each["validation"]) == 2 for each in found["all"])
     assert found["model"] in capsys.readouterr().out
     config = build_config(pretrain.Config, read_yaml(folder / f"pretrain-{family}" / "config.yaml"))
