@@ -6,6 +6,7 @@ is still being done, and a second one stops that.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Generator
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fulltune.runtime import Runtime
+from fulltune.runtime import Runtime, is_main_process
 
 
 @dataclass
@@ -48,8 +49,12 @@ def caught_signals() -> Generator[Interruption]:
     previous: dict[signal.Signals, Any] = {}
 
     def request(number: int, frame: FrameType | None) -> None:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
+        if interruption.signal_name is not None:
+            # No exception: unwound through native code that has threads, it aborts the process.
+            # What is half written now is what a killed process leaves, and is not read.
+            if is_main_process():
+                os.write(2, b"error: interrupted\n")
+            os._exit(130)
         interruption.request(signal.Signals(number).name)
 
     for number in (signal.SIGINT, signal.SIGTERM):
