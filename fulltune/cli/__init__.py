@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import time
-from contextlib import suppress
 from typing import Any, NoReturn
 
 import typer
@@ -53,13 +52,7 @@ def main() -> NoReturn:
             sys.exit(2)
         _fail(*_explain_usage(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        with suppress(SystemExit):
-            _fail("interrupted", None, 130)
-        with suppress(OSError):
-            sys.stdout.flush()
-        # Not by way of the interpreter's end: a thread that native code still runs in then aborts
-        # the process (C++ calls `terminate`), and it would not end with 130.
-        os._exit(130)
+        _fail("interrupted", None, 130)
     except BrokenPipeError:
         # Who read the output has left, as `head` does; what is still buffered has no reader.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
