@@ -19,7 +19,6 @@ from fulltune.inference import (
     Answer,
     GenerationSettings,
     Loaded,
-    _RowSampler,
     answering,
     build_objective,
     classify,
@@ -30,6 +29,7 @@ from fulltune.inference import (
     render_text_prompt,
     stop_ids,
 )
+from fulltune.inference.generation import _RowSampler
 
 CPU = torch.device("cpu")
 CONVERSATIONS = [

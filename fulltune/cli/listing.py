@@ -84,13 +84,14 @@ def tasks(as_json: Json = False) -> None:
 @app.command(rich_help_panel=LIST)
 def models(as_json: Json = False) -> None:
     """List the families of models, and the models that can be fetched by name."""
-    from fulltune.models.families import FAMILIES
+    from fulltune.models.families import FAMILIES, GPT
     from fulltune.models.presets import PRESETS
+    from fulltune.objectives.of_task import kinds_of
     from fulltune.recipes.pretrain import objectives_of
 
     families: dict[tuple[str, str, bool], list[str]] = {}
     for name, family in FAMILIES.items():
-        tasks = "chat, text, classification" if family.can_generate else "classification"
+        tasks = ", ".join(kinds_of(family))
         objectives = ", ".join(objectives_of(family))
         families.setdefault((tasks, objectives, family.can_pack), []).append(name)
     if as_json:
@@ -111,7 +112,7 @@ def models(as_json: Json = False) -> None:
             }
         )  # fmt: skip
         return
-    others = ("chat, text, classification", "causal_lm", "no")
+    others = (", ".join(kinds_of(GPT)), "causal_lm", "no")
     print_table(
         "Families",
         ("tasks of `finetune`", "objectives of `pretrain`", "packs", "model types of transformers"),

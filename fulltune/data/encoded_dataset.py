@@ -69,7 +69,9 @@ class EncodedDataset:
         example_hashes: see `EncodedExample.example_hash`.
         num_bytes: see `EncodedExample.num_bytes`.
         label_names: the labels that occur; as numbers where all are whole numbers, else by name.
-        labels: the place of each example's label in `label_names`; -1 without a label.
+        labels: the place of each example's label in `label_names`; -1 where it has none or several.
+        label_codes: the places of all labels of all examples, end to end.
+        label_offsets: where those of each example begin, and at last where they end.
         num_records: rows of the sources.
         num_left_out: rows among them that encoding gave nothing for.
         num_duplicates_dropped: examples left out because an earlier one is the same.
@@ -108,7 +110,11 @@ class EncodedDataset:
         self.input_hashes: Int64Array = kept("input_hash")
         self.example_hashes: Int64Array = kept("example_hash")
         self.num_bytes: Int64Array = kept("num_bytes")
-        self.label_names, self.labels = _sorted_labels(columns.label_names, kept("label"))
+        self.label_names, place = _sorted_labels(columns.label_names)
+        self.label_codes, self.label_offsets = _labels_of(
+            place[columns.label_codes], columns.numbers["num_labels"], self._rows
+        )
+        self.labels = single_labels(self.label_codes, self.label_offsets)
         names = [path.name for path in self._paths]
         self.fingerprint = digest_of(json.dumps([names, deduplicate]).encode())
 
@@ -148,13 +154,31 @@ class EncodedDataset:
         self.__dict__.update(state, _lock=threading.Lock())
 
 
-def _sorted_labels(names: list[str], codes: Int32Array) -> tuple[list[str], Int32Array]:
+def single_labels(label_codes: Int32Array, label_offsets: Int64Array) -> Int32Array:
+    """The label of each example; -1 where it has none or several."""
+    labels = np.full(len(label_offsets) - 1, -1, np.int32)
+    single = np.diff(label_offsets) == 1
+    labels[single] = label_codes[label_offsets[:-1][single]]
+    return labels
+
+
+def _labels_of(
+    codes: Int32Array, num_labels: Int32Array, rows: Int64Array
+) -> tuple[Int32Array, Int64Array]:
+    """The labels of some rows end to end, and where those of each begin."""
+    kept = np.zeros(len(num_labels), dtype=bool)
+    kept[rows] = True
+    offsets = np.concatenate([[0], np.cumsum(num_labels[rows], dtype=np.int64)])
+    return codes[np.repeat(kept, num_labels)], offsets
+
+
+def _sorted_labels(names: list[str]) -> tuple[list[str], Int32Array]:
+    """The names in their order, and the place there of each one that is given."""
     numbers = all(re.fullmatch(r"-?\d+", name) for name in names)
     order = sorted(range(len(names)), key=lambda i: (int(names[i]) if numbers else 0, names[i]))
-    place = np.empty(len(names) + 1, np.int32)
+    place = np.empty(len(names), np.int32)
     place[order] = np.arange(len(names), dtype=np.int32)
-    place[-1] = -1  # the code of no label
-    return [names[i] for i in order], place[codes]
+    return [names[i] for i in order], place
 
 
 def encode_dataset(

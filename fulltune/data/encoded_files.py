@@ -23,7 +23,7 @@ from fulltune.data.encoding import EncodedExample
 from fulltune.errors import DataError
 
 # Changes whenever the columns below, or what is written in them, change.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 _STALE_SECONDS = 3600.0
 
@@ -39,7 +39,8 @@ _SCHEMA = pa.schema(
         "input_hash": pa.int64(),
         "example_hash": pa.int64(),
         "num_bytes": pa.int64(),
-        "label": pa.string(),
+        "labels": pa.list_(pa.string()),
+        "reference": pa.string(),
         "where": pa.string(),
     }
 )
@@ -70,7 +71,8 @@ class ShardBuilder:
             "boundaries": array("B"),
         }
         self._offsets = {name: array("i", [0]) for name in self._values}
-        self._texts: dict[str, list[str]] = {"label": [], "where": []}
+        self._texts: dict[str, list[str]] = {"reference": [], "where": []}
+        self._labels: list[list[str]] = []
         self._num_left_out = 0
 
     def extend(self, examples: Sequence[EncodedExample]) -> None:
@@ -91,6 +93,7 @@ class ShardBuilder:
         row: dict[str, Any] = {
             **example,
             "boundaries": boundaries,
+            "reference": example.get("reference", ""),
             "num_targets": sum(example["targets"]),
         }
         for name, numbers in self._numbers.items():
@@ -100,6 +103,7 @@ class ShardBuilder:
             self._offsets[name].append(len(values))
         for name, texts in self._texts.items():
             texts.append(row[name])
+        self._labels.append(example["labels"])
 
     def to_ipc(self) -> bytes:
         """The content of the file: one record batch in Arrow's IPC format."""
@@ -115,6 +119,8 @@ class ShardBuilder:
             elif field.name in self._numbers:
                 numbers = np.frombuffer(self._numbers[field.name], np.int64)
                 columns.append(pa.array(numbers).cast(field.type))
+            elif field.name == "labels":
+                columns.append(pa.array(self._labels, field.type))
             else:
                 columns.append(pa.array(self._texts[field.name], field.type))
         sink = pa.BufferOutputStream()
@@ -148,6 +154,8 @@ class Shard:
         }
         if not lists["boundaries"]:
             del lists["boundaries"]
+        if not others["reference"]:
+            del others["reference"]
         return cast(EncodedExample, {**lists, **others})
 
 
@@ -159,6 +167,9 @@ class Columns:
     num_left_out: int
     numbers: dict[str, npt.NDArray[Any]]
     label_names: list[str]
+    """The labels that occur, in the order in which they do."""
+    label_codes: npt.NDArray[np.int32]
+    """Places in ``label_names`` of all labels of all examples, end to end."""
 
     @staticmethod
     def read(paths: Sequence[Path]) -> Columns:
@@ -169,9 +180,10 @@ class Columns:
         """
         num_rows, num_left_out = [], 0
         parts: dict[str, list[npt.NDArray[Any]]] = {
-            name: [] for name in ("length", *_NUMBER_COLUMNS, "label")
+            name: [] for name in ("length", *_NUMBER_COLUMNS, "num_labels")
         }
         codes: dict[str, int] = {}
+        label_codes = [np.empty(0, np.int32)]
         for path in paths:
             if not is_whole(path):
                 raise CorruptFile(path)
@@ -182,18 +194,17 @@ class Columns:
             for name in _NUMBER_COLUMNS:
                 # A copy, or every file would stay mapped until the last is read.
                 parts[name].append(table[name].to_numpy().copy())
-            labels = table["label"].dictionary_encode()
+            parts["num_labels"].append(np.diff(table["labels"].offsets.to_numpy()))
+            labels = table["labels"].flatten().dictionary_encode()
             names = labels.dictionary.to_pylist()
-            code_of = np.array(
-                [-1 if name == "" else codes.setdefault(name, len(codes)) for name in names],
-                dtype=np.int32,
-            )
-            parts["label"].append(code_of[labels.indices.to_numpy()])
+            code_of = np.array([codes.setdefault(name, len(codes)) for name in names], np.int32)
+            label_codes.append(code_of[labels.indices.to_numpy()])
         return Columns(
             num_rows,
             num_left_out,
             {name: np.concatenate(part) for name, part in parts.items()},
             list(codes),
+            np.concatenate(label_codes),
         )
 
 

@@ -20,9 +20,11 @@ class EncodedExample(TypedDict):
 
     input_ids:          the tokens, special tokens included; at least one.
     targets:            as long as ``input_ids``; 1 where the token itself is to be learned (it is
-                        predicted from the tokens before it), else 0. All 0 for classification.
+                        predicted from the tokens before it) or has a label, else 0. All 0 where
+                        labels are of the whole example.
     token_type_ids:     segment ids as long as ``input_ids``, or empty where the model has none.
-    label:              the class by name; "" where the task has none.
+    labels:             the classes by name: none, one, several of the whole example, or one for
+                        each target token, in order.
     num_removed:        tokens that truncation removed.
     num_removed_targets: targets among them.
     input_hash:         signed 64-bit hash of what the model is given (prompt, or text and pair).
@@ -31,6 +33,8 @@ class EncodedExample(TypedDict):
     where:              file and line of the record, ``train.jsonl:17``.
     noise_seed:         seed of what is random about the example in this epoch; set in training by
                         whoever takes it from the data, absent in evaluation.
+    reference:          what metrics compare answers with, in the objective's own words; absent
+                        where labels or tokens are all there is to compare.
     boundaries:         as long as ``input_ids``, absent where no objective asks for it: the sum of
                         `WORD_START` and `SENTENCE_START` where a token begins one.
     """
@@ -38,7 +42,7 @@ class EncodedExample(TypedDict):
     input_ids: list[int]
     targets: list[int]
     token_type_ids: list[int]
-    label: str
+    labels: list[str]
     num_removed: int
     num_removed_targets: int
     input_hash: int
@@ -46,6 +50,7 @@ class EncodedExample(TypedDict):
     num_bytes: int
     where: str
     noise_seed: NotRequired[int]
+    reference: NotRequired[str]
     boundaries: NotRequired[list[int]]
 
 

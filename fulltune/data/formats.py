@@ -51,7 +51,8 @@ class _Layout:
     """The field among `fields` that prediction does without."""
     optional_fields: tuple[str, ...]
     description: str
-    messages: Callable[[Row], list[Message]] | None = None
+    example: Callable[[Row, bool], Example]
+    """A row -> what it holds; the second says whether it needs its answer or label."""
 
 
 def recognise_format(
@@ -104,6 +105,7 @@ def make_example(
     Raises:
         DataError: the row is not what the format says, with its file and line.
     """
+    assert _LAYOUTS[format.name].kind == kind, f"{format.name} is no format of kind {kind}"
     columns = dict(format.columns)
     answer = _LAYOUTS[format.name].answer
     if answer is not None and not needs_label:
@@ -111,25 +113,7 @@ def make_example(
         column = columns.get(answer, answer)
         if record.fields.get(column) in (None, ""):
             columns.pop(answer, None)
-    row = Row(record, columns)
-    if kind == "text":
-        return TextExample(row.text("text"), record.where)
-    if kind == "classification":
-        pair = row.text("text_pair") if "text_pair" in format.columns else None
-        if pair is None and row.optional("text_pair") is not None:
-            raise row.error(
-                f"has a `text_pair`, which none of the first {ROWS_LOOKED_AT} rows has",
-                hint="set `task.columns={text_pair: text_pair}` if each row has one, or drop it",
-            )
-        return ClassificationExample(
-            row.text("text"), pair, _label(row, needs_label=needs_label), record.where
-        )
-    messages_of = _LAYOUTS[format.name].messages
-    assert messages_of is not None, f"{format.name} is not a chat format"
-    messages = messages_of(row)
-    if needs_label and not any(message.role == "assistant" for message in messages):
-        raise row.error("no assistant turn, so there is nothing to train on", hint="drop the row")
-    return ChatExample(tuple(messages), record.where)
+    return _LAYOUTS[format.name].example(Row(record, columns), needs_label)
 
 
 # Recognition
@@ -289,6 +273,33 @@ def _place(where: str) -> str:
 # Rows
 
 
+def _chat(messages_of: Callable[[Row], list[Message]]) -> Callable[[Row, bool], Example]:
+    def example(row: Row, needs_label: bool) -> Example:
+        messages = messages_of(row)
+        if needs_label and not any(message.role == "assistant" for message in messages):
+            raise row.error(
+                "no assistant turn, so there is nothing to train on", hint="drop the row"
+            )
+        return ChatExample(tuple(messages), row.record.where)
+
+    return example
+
+
+def _text(row: Row, needs_label: bool) -> Example:
+    return TextExample(row.text("text"), row.record.where)
+
+
+def _classification(row: Row, needs_label: bool) -> Example:
+    pair = row.text("text_pair") if "text_pair" in row.columns else None
+    if pair is None and row.optional("text_pair") is not None:
+        raise row.error(
+            f"has a `text_pair`, which none of the first {ROWS_LOOKED_AT} rows has",
+            hint="set `task.columns={text_pair: text_pair}` if each row has one, or drop it",
+        )
+    label = _label(row, needs_label=needs_label)
+    return ClassificationExample(row.text("text"), pair, label, row.record.where)
+
+
 def _label(row: Row, *, needs_label: bool) -> str | None:
     column = row.columns.get("label", "label")
     value = row.value("label") if needs_label else row.optional("label")
@@ -322,7 +333,7 @@ _LAYOUTS: dict[str, _Layout] = {
         answer=None,
         optional_fields=("system",),
         description="OpenAI messages: {messages} is a list of turns with `role` and `content`",
-        messages=openai_messages,
+        example=_chat(openai_messages),
     ),
     "sharegpt": _Layout(
         kind="chat",
@@ -330,7 +341,7 @@ _LAYOUTS: dict[str, _Layout] = {
         answer=None,
         optional_fields=("system",),
         description="ShareGPT: {conversations} is a list of turns with `from` and `value`",
-        messages=sharegpt_messages,
+        example=_chat(sharegpt_messages),
     ),
     "alpaca": _Layout(
         kind="chat",
@@ -339,7 +350,7 @@ _LAYOUTS: dict[str, _Layout] = {
         optional_fields=("input", "history", "system"),
         description="Alpaca: the prompt is {instruction} and, where `input` is not empty, "
         "a blank line and `input`; the answer is {output}",
-        messages=alpaca_messages,
+        example=_chat(alpaca_messages),
     ),
     "prompt_completion": _Layout(
         kind="chat",
@@ -348,7 +359,7 @@ _LAYOUTS: dict[str, _Layout] = {
         optional_fields=("system",),
         description="prompt and completion: {prompt} is the user's turn, or a list of turns; "
         "{completion} is the assistant's",
-        messages=prompt_completion_messages,
+        example=_chat(prompt_completion_messages),
     ),
     "text": _Layout(
         kind="text",
@@ -356,6 +367,7 @@ _LAYOUTS: dict[str, _Layout] = {
         answer=None,
         optional_fields=(),
         description="plain text: {text} is a document",
+        example=_text,
     ),
     "classification": _Layout(
         kind="classification",
@@ -363,5 +375,6 @@ _LAYOUTS: dict[str, _Layout] = {
         answer="label",
         optional_fields=("text_pair",),
         description="classification: {text}, with `text_pair` where there is one, has one {label}",
+        example=_classification,
     ),
 }

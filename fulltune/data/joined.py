@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fulltune.data.encoded_dataset import EncodedDataset
+from fulltune.data.encoded_dataset import EncodedDataset, single_labels
 from fulltune.data.encoding import EncodedExample, content_hash
 
 
@@ -38,12 +38,16 @@ class JoinedDataset:
         self.example_hashes = joined("example_hashes")
         self.label_names = list(dict.fromkeys(name for part in parts for name in part.label_names))
         codes = {name: code for code, name in enumerate(self.label_names)}
-        self.labels = np.concatenate(
-            [
-                np.array([*(codes[name] for name in part.label_names), -1], np.int64)[part.labels]
-                for part in parts
-            ]
-        )
+        places = [
+            np.array([codes[name] for name in part.label_names], np.int32)[part.label_codes]
+            for part in parts
+        ]
+        ends = np.cumsum([0, *map(len, places)])
+        self.label_codes = np.concatenate(places)
+        self.label_offsets = np.concatenate(
+            [[0], *(end + part.label_offsets[1:] for end, part in zip(ends, parts, strict=False))]
+        ).astype(np.int64)
+        self.labels = single_labels(self.label_codes, self.label_offsets)
 
     def __len__(self) -> int:
         return int(self.starts[-1])

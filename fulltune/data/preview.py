@@ -25,7 +25,7 @@ from fulltune.data.preview_facts import (
     PreviewFacts,
     SplitFacts,
 )
-from fulltune.data.tasks import TaskKind
+from fulltune.data.tasks import TASKS, TaskKind
 from fulltune.data.unknown_tokens import count_unknown
 
 IntArray = npt.NDArray[np.int64]
@@ -55,8 +55,13 @@ class EncodedColumns(Protocol):
     @property
     def example_hashes(self) -> npt.NDArray[np.integer]: ...  # noqa: D102
     @property
-    def labels(self) -> npt.NDArray[np.integer]:
-        """Places in `label_names`; -1 without a label."""
+    def label_codes(self) -> npt.NDArray[np.integer]:
+        """Places in `label_names` of all labels of all examples, end to end."""
+        ...
+
+    @property
+    def label_offsets(self) -> npt.NDArray[np.integer]:
+        """Where the labels of each example begin, and at last where they end."""
         ...
 
     @property
@@ -84,7 +89,7 @@ def examine(
         end_token_ids: tokens that end a turn, for chat; without any, ends are not looked at.
         unknown_token_id: what the tokenizer makes of text it cannot write; None is not counted.
     """
-    by_label = dataset.kind == "classification"
+    by_label = TASKS[dataset.kind].supervision == "labels"
     indices_by_split = {
         name: np.sort(np.asarray(rows, dtype=np.int64)) for name, rows in splits.items()
     }
@@ -119,7 +124,7 @@ def _examine_split(
     removed_targets = dataset.num_removed_targets[indices]
     truncated = dataset.num_removed[indices] > 0
     if by_label:
-        num_targets = (dataset.labels[indices] >= 0).astype(np.int64)
+        num_targets = (np.diff(dataset.label_offsets)[indices] > 0).astype(np.int64)
     else:
         num_targets = dataset.num_targets[indices].astype(np.int64)
     without = num_targets == 0
@@ -194,11 +199,16 @@ def _round_up(width: float) -> int:
 
 def _examine_labels(dataset: EncodedColumns, indices: IntArray) -> LabelFacts:
     names = dataset.label_names
-    counts = np.bincount(dataset.labels[indices], minlength=len(names))
+    num_labels = np.diff(dataset.label_offsets)
+    chosen = np.zeros(len(num_labels), dtype=bool)
+    chosen[indices] = True
+    labels = dataset.label_codes[np.repeat(chosen, num_labels)]
+    owners = np.repeat(indices, num_labels[indices])  # the example that each of them is of
+    counts = np.bincount(labels, minlength=len(names))
     # Sorted by input and then by label, equal ones lie in runs, with the earliest row first.
-    order = np.lexsort((dataset.labels[indices], dataset.input_hashes[indices]))
+    order = np.lexsort((dataset.example_hashes[indices], dataset.input_hashes[indices]))
     inputs = dataset.input_hashes[indices][order]
-    codes = dataset.labels[indices][order]
+    codes = dataset.example_hashes[indices][order]
     new_input = np.append(True, inputs[1:] != inputs[:-1])[: len(inputs)]
     new_pair = new_input | np.append(True, codes[1:] != codes[:-1])[: len(codes)]
     pair_starts = np.flatnonzero(new_pair)
@@ -218,18 +228,22 @@ def _examine_labels(dataset: EncodedColumns, indices: IntArray) -> LabelFacts:
     return LabelFacts(
         counts={name: int(count) for name, count in zip(names, counts, strict=True) if count},
         first_rows={
-            names[code]: dataset.where(int(indices[first]))
-            for code, first in zip(
-                *np.unique(dataset.labels[indices], return_index=True), strict=True
-            )
+            names[code]: dataset.where(int(owners[first]))
+            for code, first in zip(*np.unique(labels, return_index=True), strict=True)
         },
         num_contradicting=int(input_sizes[contradicting].sum()),
         contradicting=tuple(
-            " but ".join(f"{dataset.where(row)} `{names[dataset.labels[row]]}`" for row in pair)
+            " but ".join(f"{dataset.where(row)} {_labels_of(dataset, row)}" for row in pair)
             for pair in pairs[:NUM_SHOWN]
         ),
         highest_accuracy=most_common / len(indices) if len(indices) else 1.0,
     )
+
+
+def _labels_of(dataset: EncodedColumns, row: int) -> str:
+    codes = dataset.label_codes[dataset.label_offsets[row] : dataset.label_offsets[row + 1]]
+    shown = [dataset.label_names[code] for code in codes[:NUM_SHOWN]]
+    return f"`{', '.join(shown)}{', ...' if len(codes) > NUM_SHOWN else ''}`"
 
 
 def _look_at_ends(

@@ -140,7 +140,7 @@ class SentencePairs:
             ],
             targets=[0, *first["targets"], 0, *second["targets"], 0],
             token_type_ids=[0] * num_first + [1] * num_second,
-            label=str(pair.label),
+            labels=[str(pair.label)],
             num_removed=0,
             num_removed_targets=0,
             input_hash=content_hash(*content),

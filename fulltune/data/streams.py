@@ -140,7 +140,7 @@ class TokenStream:
             input_ids=input_ids,
             targets=[1] * len(input_ids),
             token_type_ids=[],
-            label="",
+            labels=[],
             num_removed=0,
             num_removed_targets=0,
             input_hash=digest,

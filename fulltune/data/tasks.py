@@ -66,6 +66,14 @@ class Task:
     optional_fields: tuple[str, ...]
     metrics: tuple[str, ...]
     """Metrics of an evaluation, the first being the default for early stopping."""
+    supervision: Literal["tokens", "labels"]
+    """What is trained: tokens of the example itself, or labels of it."""
+    answer: str | None = None
+    """The field that prediction does without, where it is a column of its own."""
+    settings: tuple[str, ...] = ()
+    """Settings among `SETTINGS_OF_SOME` that have an effect."""
+    answers: bool = False
+    """Whether a trained model answers prompts."""
 
 
 TASKS: dict[TaskKind, Task] = {
@@ -74,23 +82,33 @@ TASKS: dict[TaskKind, Task] = {
         summary="conversations; the assistant's turns are trained",
         fields=("messages",),
         optional_fields=(),
-        metrics=("loss", "perplexity"),
+        metrics=("loss", "perplexity", "retention_loss"),
+        supervision="tokens",
+        settings=("too_long", "template", "special_tokens"),
+        answers=True,
     ),
     "text": Task(
         kind="text",
         summary="documents; every token is trained (continued causal training)",
         fields=("text",),
         optional_fields=(),
-        metrics=("loss", "perplexity", "bits_per_byte"),
+        metrics=("loss", "perplexity", "bits_per_byte", "retention_loss"),
+        supervision="tokens",
     ),
     "classification": Task(
         kind="classification",
         summary="one label for a text or a pair of texts",
         fields=("text", "label"),
         optional_fields=("text_pair",),
-        metrics=("loss", "accuracy", "macro_f1", "matthews"),
+        metrics=("loss", "accuracy", "macro_f1", "weighted_f1", "matthews"),
+        supervision="labels",
+        answer="label",
+        settings=("labels", "too_long"),
     ),
 }
+
+SETTINGS_OF_SOME = ("labels", "too_long", "template", "special_tokens")
+"""Settings of a task that have an effect on some kinds only; `Task.settings` says on which."""
 
 
 class TaskConfig(Settings):

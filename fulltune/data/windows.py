@@ -65,7 +65,7 @@ class Windows:
             input_ids=[*self._before, *document["input_ids"], *self._after],
             targets=[*before, *document["targets"], *after],
             token_type_ids=[],
-            label="",
+            labels=[],
             num_removed=0,
             num_removed_targets=0,
             input_hash=document["input_hash"],

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Protocol
 
-import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,7 +20,8 @@ from fulltune.config import Period, Quantity, Settings
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.tasks import ChatExample, Message, TaskKind, TextExample
 from fulltune.errors import CheckpointError, ConfigError, DataError
-from fulltune.evaluate.metrics import METRICS, classification_metrics, language_metrics
+from fulltune.evaluate.measures import MEASURES
+from fulltune.evaluate.metrics import METRICS, language_metrics
 from fulltune.inference import (
     GenerationSettings,
     answering,
@@ -34,7 +34,6 @@ from fulltune.models.loading import context_length
 from fulltune.objectives.base import Objective, to_device
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.causal_stream import CausalStream
-from fulltune.objectives.classification import Classification
 
 RETENTION_SOURCE = "asset:shakespeare"
 """The general text of `retention: true`: public domain, in every model's pre-training."""
@@ -71,7 +70,9 @@ class EvaluationResult:
     num_examples: int
     num_targets: int
     details: dict[str, Any] = field(default_factory=dict)
-    """Classification: `per_label` and `confusion_matrix`."""
+    """What belongs to the metrics and is no number; see `measures`."""
+    outputs: list[Any] = field(default_factory=list)
+    """The objective's `Scores.outputs` of each example, in their order; empty where sums do."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,14 @@ def evaluate_model(
     loss_sum, num_targets, num_correct, num_bytes, num_examples = 0.0, 0, 0, 0, 0
     num_sentences, num_sentences_correct, sentence_loss_sum = 0, 0, 0.0
     all_bytes_known = kind == "text" and objective.head == "causal_lm"
-    labels: list[torch.Tensor] = []
-    logits: list[torch.Tensor] = []
+    outputs: list[Any] = []
     with answering(model):
         for places in in_chunks(indices, window):
             examples = [dataset[int(place)] for place in places]
             num_examples += len(examples)
             num_bytes += sum(example["num_bytes"] for example in examples)
             all_bytes_known &= not any(example["num_removed_targets"] for example in examples)
+            found: dict[int, Any] = {}
             for chosen in cut_into_batches(examples, objective, micro_batch_tokens):
                 batch = objective.collate([examples[place] for place in chosen])
                 scores = objective.score(model, to_device(batch, device))
@@ -138,41 +139,35 @@ def evaluate_model(
                 num_sentences += scores.num_sentences
                 num_sentences_correct += scores.num_sentences_correct
                 sentence_loss_sum += scores.sentence_loss_sum
-                if scores.logits_DC is not None and scores.label_indices_D is not None:
-                    logits.append(scores.logits_DC)
-                    labels.append(scores.label_indices_D)
+                found.update(zip(chosen, scores.outputs, strict=False))  # none: sums are enough
+            outputs += [found[place] for place in sorted(found)]
     if not num_examples:
         raise DataError(
             "there is no example to evaluate",
             hint="give a validation split that is not empty, or set `task.validation: null`",
         )
-    if not isinstance(objective, Classification):
-        metrics = language_metrics(
-            loss_sum - sentence_loss_sum, num_targets, num_bytes if all_bytes_known else 0
-        )
-        metrics["loss"] = loss_sum / num_targets
-        if objective.head in ("masked_lm", "sentence_order"):
-            metrics["masked_accuracy"] = num_correct / num_targets
-        elif objective.head != "causal_lm":
-            metrics["target_accuracy"] = num_correct / num_targets
-        if num_sentences:
-            metrics["sentence_accuracy"] = num_sentences_correct / num_sentences
-        # How often the likeliest token is the right one; of interest, but no metric to stop by.
+    if measure := MEASURES.get(kind):
+        measured = measure(objective, outputs)
         return EvaluationResult(
-            metrics, num_examples, num_targets, {"token_accuracy": num_correct / num_targets}
+            metrics={name: value for name, value in measured.items() if name in METRICS},
+            num_examples=num_examples,
+            num_targets=num_targets,
+            details={name: value for name, value in measured.items() if name not in METRICS},
+            outputs=outputs,
         )
-    logits_DC, labels_D = torch.cat(logits), torch.cat(labels)
-    measured = classification_metrics(
-        labels_D.numpy(),
-        logits_DC.argmax(dim=-1).numpy(),
-        logits_DC.double().softmax(dim=-1).numpy(),
-        objective.labels,
+    metrics = language_metrics(
+        loss_sum - sentence_loss_sum, num_targets, num_bytes if all_bytes_known else 0
     )
+    metrics["loss"] = loss_sum / num_targets
+    if objective.head in ("masked_lm", "sentence_order"):
+        metrics["masked_accuracy"] = num_correct / num_targets
+    elif objective.head != "causal_lm":
+        metrics["target_accuracy"] = num_correct / num_targets
+    if num_sentences:
+        metrics["sentence_accuracy"] = num_sentences_correct / num_sentences
+    # How often the likeliest token is the right one; of interest, but no metric to stop by.
     return EvaluationResult(
-        metrics={name: value for name, value in measured.items() if name in METRICS},
-        num_examples=num_examples,
-        num_targets=num_targets,
-        details={name: value for name, value in measured.items() if name not in METRICS},
+        metrics, num_examples, num_targets, {"token_accuracy": num_correct / num_targets}
     )
 
 

@@ -47,12 +47,6 @@ METRICS: dict[str, Metric] = {
     "retention_loss": Metric("lower", "loss on a fixed general text: rises when it is forgotten"),
 }
 
-_OF_TASK: dict[TaskKind, tuple[str, ...]] = {
-    "chat": ("loss", "perplexity", "retention_loss"),
-    "text": ("loss", "perplexity", "bits_per_byte", "retention_loss"),
-    "classification": ("loss", "accuracy", "macro_f1", "weighted_f1", "matthews"),
-}
-
 
 def check_metric(
     name: str | None, kind: TaskKind, *, retention: bool = False, more: Sequence[str] = ()
@@ -70,13 +64,14 @@ def check_metric(
     """
     if name is None:
         return TASKS[kind].metrics[0]
-    possible = [known for known in _OF_TASK[kind] if retention or not known.startswith("retention")]
+    measured = TASKS[kind].metrics
+    possible = [known for known in measured if retention or not known.startswith("retention")]
     possible += more
     if name in possible:
         return name
     if name in METRICS:
         message = f"`evaluate.metric` is `{name}`, which a {kind} run does not measure"
-        if name in _OF_TASK[kind]:
+        if name in measured:
             raise ConfigError(message, hint="set `evaluate.retention=true` to measure it")
     else:
         message = f"`evaluate.metric` is `{name}`, which is not a metric"

@@ -21,9 +21,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -39,6 +41,8 @@ from fulltune.models.families import Family, family_of, layer_of
 Head = Literal[
     "causal_lm",
     "classification",
+    "token_classification",
+    "question_answering",
     "masked_lm",
     "sentence_order",
     "permutation_lm",
@@ -49,11 +53,20 @@ Head = Literal[
 AUTO_CLASSES: dict[Head, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "question_answering": AutoModelForQuestionAnswering,
     "masked_lm": AutoModelForMaskedLM,
     "sentence_order": AutoModelForPreTraining,
     "permutation_lm": XLNetLMHeadModel,
     "sequence_to_sequence": AutoModelForSeq2SeqLM,
 }
+TASK_HEADS: dict[Head, str] = {
+    "classification": "SequenceClassification",
+    "token_classification": "TokenClassification",
+    "question_answering": "QuestionAnswering",
+}
+"""Heads that a body is given anew where it has none, and how their architectures are named."""
+LABELLED_HEADS: frozenset[Head] = frozenset({"classification", "token_classification"})
 INFO_FILE = "fulltune.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
@@ -160,8 +173,10 @@ def load_model(
     if dropout is not None:
         _set_dropout(config, family, dropout)
     new_head = False
-    if head == "classification":
-        new_head = _set_labels(config, family, labels, path)
+    if head in LABELLED_HEADS:
+        new_head = _set_labels(config, family, labels, path, head)
+    elif head in TASK_HEADS:
+        new_head = not _has_head(config, head)
     elif head in ("masked_lm", "sentence_order"):
         new_head = True  # a body alone gets one; a head that is there is kept
     elif head == "causal_lm" and not family.can_generate:
@@ -171,6 +186,12 @@ def load_model(
         )
 
     auto = AUTO_CLASSES[head]
+    if type(config) not in getattr(auto, "_model_mapping", {type(config): None}):
+        raise ModelError(
+            f"transformers has no model of type `{config.model_type}` with a head for "
+            f"{head.replace('_', ' ')}",
+            hint="choose another model; `fulltune models` says what each can do",
+        )
     chosen = attention if family.can_pack or attention == "eager" else None
     model, report = from_pretrained(
         auto,
@@ -181,7 +202,7 @@ def load_model(
         ignore_mismatched_sizes=True,
     )
     fresh = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
-    if new_head and head == "classification":
+    if new_head and head in TASK_HEADS:
         prefix = f"{model.base_model_prefix}."
         fresh |= {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
     _check_missing(fresh, model, path, new_head)
@@ -322,19 +343,26 @@ def _set_dropout(config: PretrainedConfig, family: Family, dropout: float) -> No
         setattr(text_config, name, dropout)
 
 
+def _has_head(config: PretrainedConfig, head: Head) -> bool:
+    return any(TASK_HEADS[head] in name for name in config.architectures or ())
+
+
 def _set_labels(
-    config: PretrainedConfig, family: Family, labels: Sequence[str] | None, path: Path
+    config: PretrainedConfig,
+    family: Family,
+    labels: Sequence[str] | None,
+    path: Path,
+    head: Head,
 ) -> bool:
     """Prepare the config for its classes; true if the head has to be made anew."""
     for name, value in family.config_values.items():
         setattr(config, name, value)
-    trained = any("SequenceClassification" in name for name in config.architectures or ())
+    trained = _has_head(config, head)
     own = list((config.id2label or {}).values())
     if labels is None:
         if not trained:
-            raise ModelError(
-                f"`{path}` has no classification head", hint="finetune it for classification first"
-            )
+            named = head.replace("_", " ")
+            raise ModelError(f"`{path}` has no {named} head", hint=f"finetune it for {named} first")
         return False
     if len(set(labels)) != len(labels) or not labels:
         raise ModelError(
@@ -343,8 +371,9 @@ def _set_labels(
         )
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
-    # Regression and multi-label are other losses; a saved model must not be taken for one.
-    config.problem_type = "single_label_classification"
+    if head == "classification":
+        # Regression and multi-label are other losses; a saved model must not be taken for one.
+        config.problem_type = "single_label_classification"
     return not (trained and own == list(labels))
 
 

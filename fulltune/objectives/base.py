@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -51,9 +51,9 @@ class Scores:
     num_sentences_correct: int = 0
     sentence_loss_sum: float = 0.0
     """What of ``loss_sum`` is theirs and no loss of tokens."""
-    logits_DC: Tensor | None = None
-    """Classification: float32 [documents, classes], on the CPU."""
-    label_indices_D: Tensor | None = None
+    outputs: list[Any] = field(default_factory=list)
+    """Where metrics and predictions need more than sums: what came out for each document, in the
+    order of the batch and on the CPU. The objective says what it is."""
 
 
 def token_scores(sums: LossSums, num_targets: int) -> Scores:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,15 @@ class ClassificationBatch(TypedDict):
     cu_seq_lens_k: NotRequired[Tensor]
     max_length_q: NotRequired[int]
     max_length_k: NotRequired[int]
+
+
+class ClassificationOutput(NamedTuple):
+    """What came out for one document."""
+
+    logits_C: Tensor
+    """Float32, in the order of the objective's labels."""
+    label_index: int
+    """The right class; ``UNLABELLED`` when only predicting."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ class Classification:
                 input_ids=tokens["input_ids"],
                 targets=[0] * len(tokens["input_ids"]),
                 token_type_ids=tokens.get("token_type_ids", []),
-                label=label,
+                labels=[label] if label else [],
                 num_removed=length - len(tokens["input_ids"]),
                 num_removed_targets=0,
                 input_hash=text_hash,
@@ -160,13 +169,14 @@ class Classification:
         return batch
 
     def _label_index(self, example: EncodedExample) -> int:
-        if not example["label"]:
+        if not example["labels"]:
             return UNLABELLED
+        label = example["labels"][0]
         try:
-            return self.labels.index(example["label"])
+            return self.labels.index(label)
         except ValueError:
             raise DataError(
-                f"{example['where']}: label {example['label']!r} is not one of the model's labels: "
+                f"{example['where']}: label {label!r} is not one of the model's labels: "
                 f"{', '.join(self.labels)}",
                 hint="add rows with this label to the training data, or drop the row",
             ) from None
@@ -193,7 +203,7 @@ class Classification:
         )
 
     def score(self, model: PreTrainedModel, batch: Batch) -> Scores:
-        """Plain cross-entropy with the scores of every document."""
+        """Plain cross-entropy; ``outputs`` are a `ClassificationOutput` for each document."""
         with torch.no_grad():
             logits_DC = self.logits(model, batch)
         label_indices_D = batch["label_indices"]
@@ -203,6 +213,8 @@ class Classification:
             loss_sum=float(loss) if loss is not None else float("nan"),
             num_targets=self.num_targets(batch),
             num_correct=int((logits_DC.argmax(-1) == label_indices_D).sum()),
-            logits_DC=logits_DC.cpu(),
-            label_indices_D=label_indices_D.cpu(),
+            outputs=[
+                ClassificationOutput(logits_C, index)
+                for logits_C, index in zip(logits_DC.cpu(), label_indices_D.tolist(), strict=True)
+            ],
         )

@@ -36,7 +36,7 @@ def encode_document(
         input_ids=list(encoding.ids),
         targets=[1] * len(encoding.ids),
         token_type_ids=[],
-        label="",
+        labels=[],
         num_removed=0,
         num_removed_targets=0,
         input_hash=document_hash,

@@ -102,7 +102,7 @@ def draw_window(
     functional_L = np.isin(ids_L, functional_ids)
     candidates_L = allowed_L & ~functional_L
     begins_L = starts_V[ids_L]
-    backward = example["label"] == BACKWARD
+    backward = BACKWARD in example["labels"]
     # The last windows of a text can be shorter than what is to be reused.
     reused = min(config.reuse_length, int(allowed_L.argmin()))
     parts = [slice(0, reused), slice(reused, len(ids_L))] if reused else [slice(0, len(ids_L))]

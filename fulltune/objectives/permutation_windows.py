@@ -113,7 +113,7 @@ class PermutationWindows:
             input_ids=[*input_ids, self._cls_id],
             targets=[*targets, 0],
             token_type_ids=[*token_types, CLASS_SEGMENT],
-            label=BACKWARD if backward else "",
+            labels=[BACKWARD] if backward else [],
             num_removed=0,
             num_removed_targets=0,
             input_hash=digest,

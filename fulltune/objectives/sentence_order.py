@@ -126,7 +126,7 @@ class SentenceOrder:
         """The tensors of one forward pass; see `SentenceBatch`."""
         batch, starts_D, num_masked = self._masked_lm.collate_masked(examples)
         batch["first_positions"] = starts_D
-        batch["sentence_labels"] = torch.tensor([int(example["label"]) for example in examples])
+        batch["sentence_labels"] = torch.tensor([int(example["labels"][0]) for example in examples])
         batch["num_masked"] = torch.tensor(num_masked)
         return batch
 

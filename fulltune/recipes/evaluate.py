@@ -13,15 +13,13 @@ import torch
 from fulltune.config import build_config, read_yaml
 from fulltune.data.encoded_dataset import encode_dataset
 from fulltune.data.joined import JoinedDataset
-from fulltune.data.tasks import TaskConfig
+from fulltune.data.tasks import TASKS, TaskConfig
 from fulltune.errors import ConfigError, DataError
 from fulltune.evaluate.evaluator import EvaluateConfig, Sample, evaluate_model, sample_answers
 from fulltune.inference import build_objective, load_for_inference
 from fulltune.models.attention import IMPLEMENTATION
 from fulltune.models.loading import load_model
-from fulltune.objectives.base import TooLong
-from fulltune.objectives.causal_lm import CausalLM
-from fulltune.objectives.classification import Classification
+from fulltune.objectives.base import Objective, TooLong
 from fulltune.recipes import pretrain
 from fulltune.recipes.columns import columns_as_options
 from fulltune.recipes.finetune import Config
@@ -98,7 +96,7 @@ def run(
     with make_display(title=f"evaluate {model}") as display:
         display.stage("loading the model")
         loaded = load_for_inference(model, device=choose_device(device))
-        if num_samples and loaded.kind != "chat":
+        if num_samples and not TASKS[loaded.kind].answers:
             raise ConfigError(
                 f"`--samples` has no effect on a model of `task.kind: {loaded.kind}`, which does "
                 "not answer prompts",
@@ -132,7 +130,7 @@ def run(
         result = evaluate_model(loaded.model, objective, dataset, indices, kind=loaded.kind)
         samples: list[Sample] = []
         count = asked if num_samples is None else num_samples
-        if loaded.kind == "chat" and count:
+        if TASKS[loaded.kind].answers and count:
             display.stage("answering prompts")
             samples = sample_answers(
                 loaded.model,
@@ -247,7 +245,7 @@ def _require_unchanged(folder: Path, sources: Sequence[Mapping[str, Any]]) -> No
         )
 
 
-def _encode(objective: CausalLM | Classification, task: TaskConfig, data: str) -> JoinedDataset:
+def _encode(objective: Objective, task: TaskConfig, data: str) -> JoinedDataset:
     with columns_as_options():
         encoded = encode_dataset(
             [data],

@@ -16,7 +16,7 @@ from fulltune.config import BatchSize, Duration, Period, Quantity, Settings
 from fulltune.data.formats import make_example, recognise_format
 from fulltune.data.preview_checks import require_sound
 from fulltune.data.records import check_source, read_records
-from fulltune.data.tasks import TaskConfig, TextExample
+from fulltune.data.tasks import TASKS, TaskConfig, TextExample
 from fulltune.errors import ConfigError
 from fulltune.evaluate.evaluator import (
     EvaluateConfig,
@@ -204,14 +204,14 @@ def _refuse_settings_without_effect(config: Config) -> None:
             "metric": config.evaluate.metric is None,
             "stop_after": config.evaluate.stop_after is None,
             "every": config.evaluate.every == default.every or bool(config.evaluate.retention),
-            "num_samples": not asks_for_samples or config.task.kind != "chat",
+            "num_samples": not asks_for_samples or not TASKS[config.task.kind].answers,
         }
         if name := next((name for name, is_fine in fine.items() if not is_fine), None):
             raise ConfigError(
                 f"`evaluate.{name}` has no effect with `task.validation: null`",
                 hint="hold something out, such as `task.validation: 5%`, or leave it out",
             )
-    if config.task.kind != "chat" and asks_for_samples:
+    if asks_for_samples and not TASKS[config.task.kind].answers:
         raise ConfigError(
             f"`evaluate.num_samples` has no effect with `task.kind: {config.task.kind}`, which "
             "answers no prompts",

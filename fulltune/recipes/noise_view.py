@@ -141,7 +141,7 @@ def _show_spans(objective: SpanCorruption, example: EncodedExample) -> Shown:
 def _relation(objective: NoisyObjective, example: EncodedExample) -> str | None:
     if not isinstance(objective, SentenceOrder):
         return None
-    return _RELATIONS[objective.pairs.kind][int(example["label"])]
+    return _RELATIONS[objective.pairs.kind][int(example["labels"][0])]
 
 
 def _example(prepared: Prepared, index: int, seed: int | None) -> EncodedExample:

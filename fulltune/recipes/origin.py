@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.errors import RunFolderError
-from fulltune.inference import GenerationSettings, Loaded
+from fulltune.inference import PREDICTORS, GenerationSettings, Loaded
 from fulltune.train.run_folder import write_atomically
 
 SUFFIX = ".origin.json"
@@ -50,7 +50,7 @@ def describe_origin(
                 f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
             )
     values: dict[str, Any] = {"column": dict(columns), "dtype": str(loaded.model.dtype)}
-    if loaded.kind == "classification":
+    if not PREDICTORS[loaded.kind].generates:
         values["too_long"] = too_long
     else:
         values |= (settings or GenerationSettings()).model_dump(mode="json")

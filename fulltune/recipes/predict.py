@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -28,19 +28,17 @@ from fulltune.data.formats import (
     recognise_format,
 )
 from fulltune.data.records import STANDARD_INPUT, Record, check_source, read_records
-from fulltune.data.tasks import ChatExample, ClassificationExample, Message, TaskConfig, TextExample
+from fulltune.data.tasks import TASKS, TaskConfig
 from fulltune.errors import ConfigError, DataError, RunFolderError
 from fulltune.inference import (
+    PREDICTORS,
     GenerationSettings,
     Loaded,
     build_objective,
-    classify,
-    generate,
-    generate_text,
     in_chunks,
     load_for_inference,
+    predict_examples,
 )
-from fulltune.objectives.classification import Classification
 from fulltune.recipes.columns import columns_as_options
 from fulltune.recipes.origin import (
     describe_origin,
@@ -52,10 +50,6 @@ from fulltune.runtime import choose_device
 
 FIELD = "prediction"
 """The field that is added to each row."""
-
-# Rows between two writes: few enough to lose little, many enough for full batches.
-ROWS_GENERATED = 32
-ROWS_CLASSIFIED = 512
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,8 @@ def run(
     with columns_as_options():
         records, layout, loaded = _open(model, source, columns, device, dtype, output, resume)
     _refuse_settings_without_effect(loaded, settings, too_long)
-    rows = ROWS_CLASSIFIED if loaded.kind == "classification" else ROWS_GENERATED
+    predictor = PREDICTORS[loaded.kind]
+    rows = predictor.rows
     num_kept = 0
     if output is not None:
         origin = describe_origin(
@@ -134,14 +129,18 @@ def run(
             write_origin(output, origin)
         except OSError as error:
             raise _unwritable(origin_path(output), error) from None
-    objective = None
-    if loaded.kind == "classification":
-        objective = cast(Classification, build_objective(loaded, too_long=too_long))
+    objective = build_objective(loaded, too_long="error" if predictor.generates else too_long)
     num_predicted = 0
     with _Sink(output, append=num_kept > 0 or (resume and output is not None)) as sink:
         for chunk in in_chunks(records, rows):
             with columns_as_options():
-                predictions = _predict(chunk, layout, loaded, objective, settings, batch_tokens)
+                examples = [
+                    make_example(record, layout, kind=loaded.kind, needs_label=False)
+                    for record in chunk
+                ]
+                predictions = predict_examples(
+                    loaded, objective, examples, settings=settings, batch_tokens=batch_tokens
+                )
             sink.write(
                 [
                     {**_input_fields(record), FIELD: prediction}
@@ -156,7 +155,7 @@ def _refuse_settings_without_effect(
     loaded: Loaded, settings: GenerationSettings | None, too_long: str
 ) -> None:
     given: dict[str, object] = {}
-    if loaded.kind == "classification":
+    if not PREDICTORS[loaded.kind].generates:
         defaults = GenerationSettings()
         chosen = settings or defaults
         given = {
@@ -208,61 +207,8 @@ def _open(
 
 def _columns(columns: Mapping[str, str] | None, loaded: Loaded) -> dict[str, str]:
     given: Mapping[str, str] = columns or loaded.info.get("columns", {})
-    return {ours: theirs for ours, theirs in given.items() if ours != "label"}
-
-
-def _predict(
-    records: Sequence[Record],
-    layout: RecordFormat,
-    loaded: Loaded,
-    objective: Classification | None,
-    settings: GenerationSettings | None,
-    batch_tokens: int,
-) -> list[dict[str, Any]]:
-    examples = [
-        make_example(record, layout, kind=loaded.kind, needs_label=False) for record in records
-    ]
-    places = [example.where for example in examples]
-    if objective is not None:
-        labelled = classify(
-            loaded.model,
-            objective,
-            cast(list[ClassificationExample], examples),
-            batch_tokens=batch_tokens,
-        )
-        return [
-            {
-                "label": prediction.label,
-                "probability": prediction.probabilities[prediction.label],
-                "probabilities": prediction.probabilities,
-            }
-            for prediction in labelled
-        ]
-    if loaded.kind == "chat":
-        answers = generate(
-            loaded.model,
-            loaded.tokenizer,
-            [_before_answer(cast(ChatExample, example).messages) for example in examples],
-            settings=settings,
-            where=places,
-            batch_tokens=batch_tokens,
-        )
-    else:
-        answers = generate_text(
-            loaded.model,
-            loaded.tokenizer,
-            [cast(TextExample, example).text for example in examples],
-            settings=settings,
-            where=places,
-            batch_tokens=batch_tokens,
-        )
-    return [{"answer": answer.text, "stopped": answer.stopped} for answer in answers]
-
-
-def _before_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    while messages and messages[-1].role == "assistant":
-        messages = messages[:-1]
-    return messages
+    answer = TASKS[loaded.kind].answer
+    return {ours: theirs for ours, theirs in given.items() if ours != answer}
 
 
 # -- the output ------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +20,15 @@ from fulltune.data.preview_checks import check
 from fulltune.data.preview_facts import Finding, PreviewFacts
 from fulltune.data.records import check_source, read_records, source_fingerprint
 from fulltune.data.splits import Source, Split, Splittable, parse_validation, split_dataset
-from fulltune.data.tasks import ChatExample, Example, TaskConfig
+from fulltune.data.tasks import SETTINGS_OF_SOME, TASKS, ChatExample, Example, TaskConfig
 from fulltune.data.unknown_tokens import unknown_token_id
-from fulltune.errors import ConfigError, DataError, ModelError
+from fulltune.errors import ConfigError, DataError
 from fulltune.models.chat_template import CHAT_TEMPLATES, set_chat_template
-from fulltune.models.families import family_of
 from fulltune.models.loading import context_length, load_model_config, load_tokenizer
 from fulltune.models.sources import resolve_model
 from fulltune.models.vocabulary import add_markers
 from fulltune.objectives.base import Objective
-from fulltune.objectives.causal_lm import CausalLM
-from fulltune.objectives.classification import Classification
+from fulltune.objectives.of_task import ObjectiveSettings, make_task_objective
 from fulltune.runtime import cache_dir, num_cores
 
 if TYPE_CHECKING:
@@ -137,23 +135,14 @@ def check_task_settings(task: TaskConfig) -> None:
     Raises:
         ConfigError: a setting has no effect, or says nothing.
     """
-    only = {"template": ("chat", task.template), "labels": ("classification", task.labels)}
-    for name, (kind, value) in only.items():
-        if value is not None and task.kind != kind:
+    for name in SETTINGS_OF_SOME:
+        default = TaskConfig.model_fields[name].default
+        if getattr(task, name) != default and name not in TASKS[task.kind].settings:
+            why = ", whose documents are cut into windows" if name == "too_long" else ""
             raise ConfigError(
-                f"`task.{name}` has no effect with `task.kind: {task.kind}`", hint="leave it out"
+                f"`task.{name}` has no effect with `task.kind: {task.kind}`{why}",
+                hint="leave it out",
             )
-    if task.kind != "chat" and task.special_tokens != "error":
-        raise ConfigError(
-            f"`task.special_tokens` has no effect with `task.kind: {task.kind}`",
-            hint="leave it out",
-        )
-    if task.kind == "text" and task.too_long != "error":
-        raise ConfigError(
-            "`task.too_long` has no effect with `task.kind: text`, whose documents are cut into "
-            "windows",
-            hint="leave it out",
-        )
     if task.labels is not None and len(set(task.labels)) != max(2, len(task.labels)):
         raise ConfigError(
             f"`task.labels` cannot be `[{', '.join(task.labels)}]`: "
@@ -166,7 +155,7 @@ def check_task_settings(task: TaskConfig) -> None:
 
 def make_objective(
     base: Base, task: TaskConfig, *, label_smoothing: float = 0.0, z_loss: float = 0.0
-) -> CausalLM | Classification:
+) -> Objective:
     """The objective of a task on a model; a classifier's labels are filled in once they are known.
 
     Raises:
@@ -180,42 +169,21 @@ def make_objective(
             "tokens",
             hint=f"give at most {context}, or null for all of it",
         )
-    family = family_of(base.config)
-    max_length = task.max_length or context
-    if task.kind == "classification":
-        if z_loss:
-            raise ConfigError(
-                "`z_loss` has no effect with `task.kind: classification`", hint="leave it out"
-            )
-        return Classification(
-            base.tokenizer,
-            tuple(task.labels or ()),
-            max_length,
-            family.pooling,
-            too_long=task.too_long,
-            packing=family.can_pack,
-            own_forward=family.pools_real_tokens,
-            label_smoothing=label_smoothing,
-        )
-    if not family.can_generate:
-        raise ModelError(
-            f"a model of type `{base.config.model_type}` does not predict the next token, so it "
-            f"cannot do `task.kind: {task.kind}`",
-            hint="use a decoder (GPT-2, Llama and their kin), or `task.kind: classification`",
-        )
-    return CausalLM(
+    settings = ObjectiveSettings(
         base.tokenizer,
-        max_length,
+        base.config,
+        task.max_length or context,
+        labels=tuple(task.labels or ()),
         too_long=task.too_long,
-        packing=family.can_pack,
+        special_tokens=task.special_tokens,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
-        special_tokens=task.special_tokens,
     )
+    return make_task_objective(task.kind, settings)
 
 
 def prepare(
-    objective: CausalLM | Classification,
+    objective: Objective,
     task: TaskConfig,
     *,
     seed: int,
@@ -229,18 +197,14 @@ def prepare(
     """
     # One row that does not fit is an error, but first all of them are counted.
     may_truncate = task.too_long != "error"
-    encoder = objective if may_truncate else replace(objective, too_long="truncate")
+    encoder = objective if may_truncate else replace(cast(Any, objective), too_long="truncate")
     encoded = encode_task(task, encoder, num_workers=num_workers, progress=progress)
     dataset = encoded.joined
     split = split_task(encoded, encoded.train, task, seed=seed)
     train = split.train
     notes = [*encoded.notes, *([split.note] if split.note else [])]
-    if isinstance(objective, Classification) and not objective.labels:
-        present = set(dataset.labels[train].tolist()) - {-1}
-        names = [name for code, name in enumerate(dataset.label_names) if code in present]
-        objective = replace(objective, labels=tuple(names))
-    elif isinstance(objective, Classification):
-        _check_labels(objective.labels, dataset)
+    if TASKS[task.kind].supervision == "labels":
+        objective = _with_labels(objective, dataset, train)
     ends = end_of_turn_ids(objective.tokenizer) if task.kind == "chat" else set()
     facts = examine(
         dataset,
@@ -335,17 +299,31 @@ def _notes_on_rows(dataset: JoinedDataset, task: TaskConfig) -> list[str]:
     return notes
 
 
-def _check_labels(labels: Sequence[str], dataset: JoinedDataset) -> None:
-    """Labels that are given must be all that the data has."""
-    unknown = [code for code, name in enumerate(dataset.label_names) if name not in labels]
-    rows = np.flatnonzero(np.isin(dataset.labels, unknown))
-    if len(rows):
-        name = dataset.label_names[int(dataset.labels[rows[0]])]
+def _with_labels(objective: Objective, dataset: JoinedDataset, train: IntArray) -> Objective:
+    """An objective that knows its labels: those that are given, or else those of training.
+
+    Raises:
+        DataError: labels are given, and the data has another one.
+    """
+    given: tuple[str, ...] = cast(Any, objective).labels
+    offsets = dataset.label_offsets
+    if not given:
+        chosen = np.zeros(len(dataset), dtype=bool)
+        chosen[train] = True
+        present = np.unique(dataset.label_codes[np.repeat(chosen, np.diff(offsets))])
+        names = tuple(dataset.label_names[code] for code in present)
+        return cast(Objective, replace(cast(Any, objective), labels=names))
+    unknown = [code for code, name in enumerate(dataset.label_names) if name not in given]
+    places = np.flatnonzero(np.isin(dataset.label_codes, unknown))
+    if len(places):
+        row = int(np.searchsorted(offsets, places[0], side="right")) - 1
+        name = dataset.label_names[int(dataset.label_codes[places[0]])]
         raise DataError(
-            f"{dataset.where(int(rows[0]))}: label `{name}` is not one of the labels "
-            + ", ".join(f"`{label}`" for label in labels),
+            f"{dataset.where(row)}: label `{name}` is not one of the labels "
+            + ", ".join(f"`{label}`" for label in given),
             hint="correct the label, or name it in `task.labels`",
         )
+    return objective
 
 
 def find_examples(

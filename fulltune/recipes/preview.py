@@ -6,10 +6,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 from rich.console import Console
 
 from fulltune.config import load_config, read_yaml
+from fulltune.data.arranged import JoinedExamples
 from fulltune.data.joined import JoinedDataset
 from fulltune.data.loader import Loader
 from fulltune.data.padding import measure_padding
@@ -24,8 +26,6 @@ from fulltune.data.preview_view import (
 from fulltune.errors import ConfigError
 from fulltune.memory.plan import MICRO_BATCH_TOKENS
 from fulltune.models.presets import is_new_model
-from fulltune.objectives.causal_lm import CausalLM
-from fulltune.objectives.classification import Classification
 from fulltune.recipes import pretrain, settings_files
 from fulltune.recipes.finetune import Config
 from fulltune.recipes.noise_view import count_examples, make_noisy_samples
@@ -78,8 +78,8 @@ def run(
         for note in prepared.notes:
             display.stage(note)
         facts, widths = prepared.facts, dict[int, int]()
-        by_tokens = isinstance(prepared.objective, CausalLM | Classification)
-        if not by_tokens:
+        arranged_here = isinstance(prepared.dataset, JoinedExamples)
+        if arranged_here:
             arranged = count_examples(prepared, config.seed)
             facts = facts.model_copy(update={"arranged": arranged})
         elif not prepared.objective.packing and len(prepared.train):
@@ -93,7 +93,7 @@ def run(
             )
         samples = (
             make_samples(prepared, config, num_samples, widths=widths)
-            if by_tokens
+            if not arranged_here
             else make_noisy_samples(prepared, num_samples, config.seed)
         )
     if as_json:
@@ -169,7 +169,6 @@ def make_samples(
             packs, nothing.
     """
     assert isinstance(prepared.dataset, JoinedDataset)
-    assert isinstance(prepared.objective, CausalLM | Classification)
     chosen = prepared.train[: max(num_samples - 1, 1)].tolist() if num_samples else []
     if num_samples > 1 and len(prepared.train) > len(chosen):
         removed = prepared.dataset.num_removed[prepared.train]
@@ -181,7 +180,7 @@ def make_samples(
     objective = prepared.objective
     whole = objective
     if config.task.kind != "text":  # a text is cut into windows, and nothing of it is removed
-        whole = replace(objective, max_length=UNLIMITED)
+        whole = replace(cast(Any, objective), max_length=UNLIMITED)
 
     def decode(ids: list[int]) -> str:
         return str(objective.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -191,15 +190,12 @@ def make_samples(
         if where not in examples:
             continue
         encoded = whole.encode(examples[where])[0]
-        targets = encoded["targets"] if isinstance(objective, CausalLM) else None
         kept = min(len(encoded["input_ids"]), objective.max_length)
         shown = slice(0, kept + MAX_SHOWN_REMOVED)
         input_ids = encoded["input_ids"][shown]
-        tokens = view_tokens(
-            decode, input_ids, targets[shown] if targets else [0] * len(input_ids), kept
-        )
+        tokens = view_tokens(decode, input_ids, encoded["targets"][shown], kept)
         missing = widths.get(places[where], kept) - kept
         padding = TokenView(str(objective.tokenizer.pad_token), "padding")
         tokens += [padding] * missing
-        views.append(SampleView(where, encoded["label"] or None, tokens))
+        views.append(SampleView(where, ", ".join(encoded["labels"]) or None, tokens))
     return views

@@ -20,7 +20,7 @@ from fulltune.memory.plan import MemoryPlan, plan_memory
 from fulltune.models.families import layers_of, num_layers
 from fulltune.models.flops import count_flops
 from fulltune.models.kernels import install_fast_kernels
-from fulltune.models.loading import load_model
+from fulltune.models.loading import TASK_HEADS, load_model
 from fulltune.models.scope import freeze, require_own_weights
 from fulltune.models.vocabulary import grow_embeddings
 from fulltune.objectives.causal_lm import require_plain_head
@@ -195,7 +195,7 @@ class Trainer:
             base_bytes=0 if device.type == "cuda" else base_bytes,
             available_bytes=available,
             longest=int(self.prepared.dataset.lengths.max()),
-            has_vocabulary_loss=self.objective.head != "classification",
+            has_vocabulary_loss=self.objective.head not in TASK_HEADS,
             has_lean_kernels=any(name.endswith(("RMSNorm", "MLP")) for name in self.kernels),
             device_type=device.type,
         )

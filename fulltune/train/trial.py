@@ -148,7 +148,7 @@ def _example(ids: list[int]) -> EncodedExample:
         input_ids=ids,
         targets=[0, *[1] * (len(ids) - 1)],
         token_type_ids=[],
-        label="",
+        labels=[],
         num_removed=0,
         num_removed_targets=0,
         input_hash=0,

@@ -56,7 +56,7 @@ class Bytes:
                 input_ids=list(word.encode()),
                 targets=[int(byte > 100) for byte in word.encode()],
                 token_type_ids=[1] * len(word.encode()) if label else [],
-                label=label,
+                labels=[label] if label else [],
                 num_removed=len(word),
                 num_removed_targets=2,
                 input_hash=content_hash(example.text),
@@ -146,7 +146,7 @@ def test_columns_are_the_rows_at_a_glance(tmp_path: Path) -> None:
     assert dataset.num_bytes.tolist() == [example["num_bytes"] for example in examples]
     assert dataset.label_names == [str(i) for i in range(11)]  # 10 after 9, not after 1
     assert [dataset.label_names[code] for code in dataset.labels] == [
-        example["label"] for example in examples
+        example["labels"][0] for example in examples
     ]
     assert dataset.lengths.dtype == dataset.labels.dtype == np.int32
     assert dataset.input_hashes.dtype == np.int64

@@ -134,7 +134,7 @@ def test_no_token_of_a_stream_is_lost_or_repeated_and_every_window_fits(
             ],
             targets=[1] * length,
             token_type_ids=[],
-            label="",
+            labels=[],
             num_removed=0,
             num_removed_targets=0,
             input_hash=number,

@@ -140,8 +140,8 @@ def test_read_backward_each_window_is_reversed_and_remembers_what_follows(
 ) -> None:
     windows, text, _ = windows_of(tokenizer, 24, backward=True, **config)
     forward, backward = windows[: len(windows) // 2], windows[len(windows) // 2 :]
-    assert [window["label"] for window in (*forward, *backward)] == [
-        *[""] * len(forward), *[BACKWARD] * len(forward),
+    assert [window["labels"] for window in (*forward, *backward)] == [
+        *[[]] * len(forward), *[[BACKWARD]] * len(forward),
     ]  # fmt: skip
     turned = text[::-1]
     step, memory = config.get("reuse_length") or 22, config.get("memory_length", 0)

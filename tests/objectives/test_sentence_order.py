@@ -69,7 +69,7 @@ def test_loss_of_pairs_alike_in_length_is_that_of_the_models_own_forward(
     )
     examples = [example for example in arranged(objective) if len(example["input_ids"]) == 32][:6]
     assert len(examples) == 6
-    assert len({example["label"] for example in examples}) == 2
+    assert len({example["labels"][0] for example in examples}) == 2
     batch = objective.collate(examples)
 
     padded = SentenceOrder(tokenizer, 32, packing=False).collate(examples)
@@ -79,7 +79,7 @@ def test_loss_of_pairs_alike_in_length_is_that_of_the_models_own_forward(
         token_type_ids=padded["token_type_ids"],
         attention_mask=padded["attention_mask"],
         labels=labels_BT,
-        **{labels: torch.tensor([int(example["label"]) for example in examples])},
+        **{labels: torch.tensor([int(example["labels"][0]) for example in examples])},
     )
     count = objective.num_targets(batch)
     loss = objective.loss_sum(model, batch)
@@ -131,7 +131,7 @@ def test_eight_pairs_are_learned_by_heart(
     model = small_model(model_type, tokenizer, attn_implementation="fulltune")
     objective = SentenceOrder(tokenizer, 40, pairs=SentencePairsConfig(copies=4))
     examples = arranged(objective)[:8]
-    assert {example["label"] for example in examples} == {"0", "1"}
+    assert {example["labels"][0] for example in examples} == {"0", "1"}
     batch = objective.collate(examples)
     scores = learn_by_heart(objective, model, batch, steps=250, lr=5e-3)
     assert scores.num_sentences_correct == scores.num_sentences == 8

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from transformers import BertForSequenceClassification
 
 from fulltune.errors import ConfigError, DataError, RunFolderError
-from fulltune.inference import GenerationSettings
+from fulltune.inference import PREDICTORS, GenerationSettings
 from fulltune.recipes import predict
 from fulltune.recipes.origin import origin_path
 
@@ -99,7 +100,7 @@ def test_a_resumed_file_equals_an_unbroken_one_wherever_it_was_torn(
     output.write_bytes(whole[: int(len(whole) * share)])
     kept = output.read_bytes().count(b"\n")
     if kept < 40:  # only whole batches are kept: answers depend on it in their last bits
-        kept = kept // predict.ROWS_GENERATED * predict.ROWS_GENERATED
+        kept = kept // PREDICTORS["chat"].rows * PREDICTORS["chat"].rows
     result = predict.run(
         str(tiny_llama), str(chat_file), output=output, resume=True, settings=SHORT
     )
@@ -110,7 +111,8 @@ def test_a_resumed_file_equals_an_unbroken_one_wherever_it_was_torn(
 def test_resumed_probabilities_equal_those_of_one_call_to_the_last_digit(
     classifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "ROWS_CLASSIFIED", 16)
+    predictor = dataclasses.replace(PREDICTORS["classification"], rows=16)
+    monkeypatch.setitem(PREDICTORS, "classification", predictor)
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [{"text": "where is the house " * (1 + number % 7)} for number in range(40)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,33 @@
+"""What is measured of each kind of task whose metrics need more than sums.
+
+Shape suffixes: D documents, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+
+from fulltune.data.tasks import TaskKind
+from fulltune.evaluate.metrics import classification_metrics
+from fulltune.objectives.base import Objective
+from fulltune.objectives.classification import Classification, ClassificationOutput
+
+Measure: TypeAlias = Callable[[Objective, Sequence[Any]], dict[str, Any]]
+"""The objective and its `Scores.outputs` of all examples -> numbers under the names of `METRICS`,
+and under other names what belongs to them: tables, matrices."""
+
+
+def _classification(objective: Objective, outputs: Sequence[ClassificationOutput]) -> Any:
+    logits_DC = torch.stack([output.logits_C for output in outputs])
+    return classification_metrics(
+        [output.label_index for output in outputs],
+        logits_DC.argmax(dim=-1).numpy(),
+        logits_DC.double().softmax(dim=-1).numpy(),
+        cast(Classification, objective).labels,
+    )
+
+
+MEASURES: dict[TaskKind, Measure] = {"classification": _classification}

@@ -1,0 +1,139 @@
+"""What a model of each kind of task predicts for a row: the one table that `predict` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+from fulltune.data.tasks import (
+    ChatExample,
+    ClassificationExample,
+    Example,
+    Message,
+    TaskKind,
+    TextExample,
+)
+from fulltune.inference.generation import Answer, GenerationSettings, generate, generate_text
+from fulltune.inference.labelling import classify
+from fulltune.inference.loading import Loaded
+from fulltune.objectives.base import Objective
+from fulltune.objectives.classification import Classification
+
+Predict: TypeAlias = Callable[
+    [Loaded, Objective, Sequence[Example], GenerationSettings | None, int], list[dict[str, Any]]
+]
+"""Model, its objective, examples, how answers are generated and the most tokens of a batch -> what
+is predicted for each example, as plain JSON."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """How a kind of task is predicted."""
+
+    predict: Predict
+    rows: int
+    """Rows between two writes: few enough to lose little, many enough for full batches."""
+    generates: bool
+    """Whether `GenerationSettings` have an effect, and not `too_long`."""
+
+
+def _label(
+    loaded: Loaded,
+    objective: Objective,
+    examples: Sequence[Example],
+    settings: GenerationSettings | None,
+    batch_tokens: int,
+) -> list[dict[str, Any]]:
+    labelled = classify(
+        loaded.model,
+        cast(Classification, objective),
+        cast(Sequence[ClassificationExample], examples),
+        batch_tokens=batch_tokens,
+    )
+    return [
+        {
+            "label": prediction.label,
+            "probability": prediction.probabilities[prediction.label],
+            "probabilities": prediction.probabilities,
+        }
+        for prediction in labelled
+    ]
+
+
+def _answer(
+    loaded: Loaded,
+    objective: Objective,
+    examples: Sequence[Example],
+    settings: GenerationSettings | None,
+    batch_tokens: int,
+) -> list[dict[str, Any]]:
+    """A conversation that ends with the assistant's turn is answered from before that turn."""
+    answers = generate(
+        loaded.model,
+        loaded.tokenizer,
+        [_before_answer(cast(ChatExample, example).messages) for example in examples],
+        settings=settings,
+        where=[example.where for example in examples],
+        batch_tokens=batch_tokens,
+    )
+    return _as_json(answers)
+
+
+def _before_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    while messages and messages[-1].role == "assistant":
+        messages = messages[:-1]
+    return messages
+
+
+def _continue(
+    loaded: Loaded,
+    objective: Objective,
+    examples: Sequence[Example],
+    settings: GenerationSettings | None,
+    batch_tokens: int,
+) -> list[dict[str, Any]]:
+    answers = generate_text(
+        loaded.model,
+        loaded.tokenizer,
+        [cast(TextExample, example).text for example in examples],
+        settings=settings,
+        where=[example.where for example in examples],
+        batch_tokens=batch_tokens,
+    )
+    return _as_json(answers)
+
+
+def _as_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    return [{"answer": answer.text, "stopped": answer.stopped} for answer in answers]
+
+
+PREDICTORS: dict[TaskKind, Predictor] = {
+    "chat": Predictor(_answer, rows=32, generates=True),
+    "text": Predictor(_continue, rows=32, generates=True),
+    "classification": Predictor(_label, rows=512, generates=False),
+}
+
+
+def predict_examples(
+    loaded: Loaded,
+    objective: Objective,
+    examples: Sequence[Example],
+    *,
+    settings: GenerationSettings | None = None,
+    batch_tokens: int = 8192,
+) -> list[dict[str, Any]]:
+    """What a model predicts for examples of its kind, in their order, as plain JSON.
+
+    Args:
+        loaded: the model.
+        objective: that of `build_objective`.
+        examples: what to predict; their own answers and labels are not looked at.
+        settings: how answers are generated; None is the defaults.
+        batch_tokens: most tokens of a batch.
+
+    Raises:
+        DataError: an example does not fit the model.
+    """
+    predict = PREDICTORS[loaded.kind].predict
+    return predict(loaded, objective, examples, settings, batch_tokens)
