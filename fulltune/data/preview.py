@@ -21,11 +21,12 @@ from fulltune.data.preview_facts import (
     LabelFacts,
     LengthFacts,
     LongRow,
+    NumberFacts,
     OverlapFacts,
     PreviewFacts,
     SplitFacts,
 )
-from fulltune.data.tasks import TASKS, TaskKind
+from fulltune.data.tasks import TASKS, Task, TaskKind
 from fulltune.data.unknown_tokens import count_unknown
 
 IntArray = npt.NDArray[np.int64]
@@ -89,16 +90,14 @@ def examine(
         end_token_ids: tokens that end a turn, for chat; without any, ends are not looked at.
         unknown_token_id: what the tokenizer makes of text it cannot write; None is not counted.
     """
-    by_label = TASKS[dataset.kind].supervision == "labels"
+    task = TASKS[dataset.kind]
     indices_by_split = {
         name: np.sort(np.asarray(rows, dtype=np.int64)) for name, rows in splits.items()
     }
     return PreviewFacts(
-        supervision="labels" if by_label else "tokens",
+        supervision=task.supervision,
         splits=tuple(
-            _examine_split(
-                dataset, name, indices, by_label, frozenset(end_token_ids), unknown_token_id
-            )
+            _examine_split(dataset, name, indices, task, frozenset(end_token_ids), unknown_token_id)
             for name, indices in indices_by_split.items()
         ),
         overlaps=tuple(
@@ -112,7 +111,7 @@ def _examine_split(
     dataset: EncodedColumns,
     name: str,
     indices: IntArray,
-    by_label: bool,
+    task: Task,
     end_token_ids: frozenset[int],
     unknown_token_id: int | None,
 ) -> SplitFacts:
@@ -123,7 +122,10 @@ def _examine_split(
     whole_lengths = lengths + dataset.num_removed[indices]
     removed_targets = dataset.num_removed_targets[indices]
     truncated = dataset.num_removed[indices] > 0
-    if by_label:
+    by_example = task.supervision != "tokens"
+    if task.may_lack_labels:
+        num_targets = np.ones(len(indices), dtype=np.int64)
+    elif by_example:
         num_targets = (np.diff(dataset.label_offsets)[indices] > 0).astype(np.int64)
     else:
         num_targets = dataset.num_targets[indices].astype(np.int64)
@@ -133,7 +135,7 @@ def _examine_split(
     repeats = np.ones(len(indices), dtype=bool)
     repeats[first] = False
     originals = first[np.searchsorted(unique, hashes[repeats][:NUM_SHOWN])]
-    trainable = len(indices) if by_label else int(lengths.sum())
+    trainable = len(indices) if by_example else int(lengths.sum())
     return SplitFacts(
         name=name,
         num_examples=len(indices),
@@ -159,7 +161,12 @@ def _examine_split(
             )
             for position in np.argsort(-whole_lengths, kind="stable")[:NUM_SHOWN]
         ),
-        labels=_examine_labels(dataset, indices[~without]) if by_label else None,
+        labels=_examine_labels(dataset, indices[~without])
+        if task.supervision == "labels"
+        else None,
+        numbers=_examine_numbers(dataset, indices[~without])
+        if task.supervision == "numbers"
+        else None,
         end_of_turn=_look_at_ends(dataset, indices[~without], end_token_ids),
         unknown=None
         if unknown_token_id is None
@@ -237,6 +244,19 @@ def _examine_labels(dataset: EncodedColumns, indices: IntArray) -> LabelFacts:
             for pair in pairs[:NUM_SHOWN]
         ),
         highest_accuracy=most_common / len(indices) if len(indices) else 1.0,
+    )
+
+
+def _examine_numbers(dataset: EncodedColumns, indices: IntArray) -> NumberFacts | None:
+    values = np.array([float(name) for name in dataset.label_names])
+    numbers = values[dataset.label_codes[dataset.label_offsets[indices]]]
+    if not len(numbers):
+        return None
+    return NumberFacts(
+        lowest=float(numbers.min()),
+        mean=float(numbers.mean()),
+        deviation=float(numbers.std()),
+        highest=float(numbers.max()),
     )
 
 

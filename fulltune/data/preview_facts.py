@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fulltune.data.padding import PaddingFacts
+from fulltune.data.tasks import Supervision
 from fulltune.data.unknown_tokens import UnknownFacts
 
 TRAIN = "train"
@@ -73,6 +74,15 @@ class LabelFacts(_Facts):
     """What a model can reach at most that gives every input one answer."""
 
 
+class NumberFacts(_Facts):
+    """The numbers that a split's examples are to give."""
+
+    lowest: float
+    mean: float
+    deviation: float
+    highest: float
+
+
 class SplitFacts(_Facts):
     """What one split holds."""
 
@@ -98,6 +108,8 @@ class SplitFacts(_Facts):
     """None where the split is empty."""
     longest: tuple[LongRow, ...]
     labels: LabelFacts | None
+    numbers: NumberFacts | None = None
+    """Regression; None where the split is empty."""
     end_of_turn: EndFacts | None
     unknown: UnknownFacts | None = None
     """None where the tokenizer has no unknown token."""
@@ -136,7 +148,7 @@ class ArrangedFacts(_Facts):
 class PreviewFacts(_Facts):
     """What is trained on, as counted."""
 
-    supervision: Literal["tokens", "labels"]
+    supervision: Supervision
     splits: tuple[SplitFacts, ...]
     overlaps: tuple[OverlapFacts, ...]
     padding: PaddingFacts | None = None

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fulltune.data.preview_facts import TRAIN, Finding, PreviewFacts, SplitFacts
+from fulltune.data.tasks import Supervision
 
 TokenState: TypeAlias = Literal["trained", "replaced", "context", "truncated", "padding"]
 
@@ -161,6 +162,13 @@ def runs_of(tokens: Sequence[TokenView], *, limit: int) -> list[Run]:
 # -- facts as rows ---------------------------------------------------------------------------------
 
 
+WITH_TARGET: dict[Supervision, str] = {
+    "tokens": "trained tokens",
+    "labels": "with a label",
+    "numbers": "with a score",
+}
+
+
 def rows_of(facts: PreviewFacts) -> list[tuple[str, list[str]]]:
     """Name and one value for each split, in the order of reading."""
     splits = facts.splits
@@ -175,7 +183,7 @@ def rows_of(facts: PreviewFacts) -> list[tuple[str, list[str]]]:
     if not facts.arranged:
         rows += [
             (
-                "with a label" if by_label else "trained tokens",
+                WITH_TARGET[facts.supervision],
                 [f"{split.num_targets:,} ({split.target_share:.1%})" for split in splits],
             ),
             ("nothing to learn", [_count(split.num_without_target) for split in splits]),
@@ -201,6 +209,8 @@ def rows_of(facts: PreviewFacts) -> list[tuple[str, list[str]]]:
                 [_count(split.labels.num_contradicting if split.labels else 0) for split in splits],
             )
         )
+    if any(split.numbers for split in splits):
+        rows.append(("scores", [_numbers(split) for split in splits]))
     if facts.padding is not None:
         share = f"{facts.padding.share:.1%} of a forward pass"
         rows.append(("padding", [share if split.name == TRAIN else "" for split in splits]))
@@ -247,6 +257,14 @@ def label_rows_of(facts: PreviewFacts) -> tuple[list[tuple[str, list[str]]], int
         for label in labels[:NUM_LABELS]
     ]
     return rows, len(labels) - len(rows)
+
+
+def _numbers(split: SplitFacts) -> str:
+    numbers = split.numbers
+    if numbers is None:
+        return "none"
+    shown = f"{numbers.lowest:.4g} to {numbers.highest:.4g}, mean {numbers.mean:.4g}"
+    return f"{shown} ± {numbers.deviation:.4g}"
 
 
 def _count(number: int) -> str:

@@ -51,8 +51,33 @@ class ClassificationExample:
     where: str
 
 
-Example: TypeAlias = ChatExample | TextExample | ClassificationExample
-TaskKind: TypeAlias = Literal["chat", "text", "classification"]
+@dataclass(frozen=True, slots=True)
+class MultiLabelExample:
+    """A text, or a pair of texts, with any number of labels. Empty also when only predicting."""
+
+    text: str
+    text_pair: str | None
+    labels: tuple[str, ...]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class RegressionExample:
+    """A text, or a pair of texts, with one number. ``score`` is None only when predicting."""
+
+    text: str
+    text_pair: str | None
+    score: float | None
+    where: str
+
+
+Example: TypeAlias = (
+    ChatExample | TextExample | ClassificationExample | MultiLabelExample | RegressionExample
+)
+TaskKind: TypeAlias = Literal["chat", "text", "classification", "multi_label", "regression"]
+
+
+Supervision: TypeAlias = Literal["tokens", "labels", "numbers"]
 
 
 @dataclass(frozen=True)
@@ -66,10 +91,12 @@ class Task:
     optional_fields: tuple[str, ...]
     metrics: tuple[str, ...]
     """Metrics of an evaluation, the first being the default for early stopping."""
-    supervision: Literal["tokens", "labels"]
-    """What is trained: tokens of the example itself, or labels of it."""
+    supervision: Supervision
+    """What is trained: tokens of the example itself, labels of it, or a number."""
     answer: str | None = None
     """The field that prediction does without, where it is a column of its own."""
+    may_lack_labels: bool = False
+    """Whether an example without any label is one to learn from."""
     settings: tuple[str, ...] = ()
     """Settings among `SETTINGS_OF_SOME` that have an effect."""
     answers: bool = False
@@ -103,11 +130,32 @@ TASKS: dict[TaskKind, Task] = {
         metrics=("loss", "accuracy", "macro_f1", "weighted_f1", "matthews"),
         supervision="labels",
         answer="label",
+        settings=("labels", "too_long", "loss", "class_weights"),
+    ),
+    "multi_label": Task(
+        kind="multi_label",
+        summary="any number of labels for a text or a pair of texts",
+        fields=("text", "labels"),
+        optional_fields=("text_pair",),
+        metrics=("loss", "micro_f1", "macro_f1", "subset_accuracy"),
+        supervision="labels",
+        answer="labels",
+        may_lack_labels=True,
         settings=("labels", "too_long"),
+    ),
+    "regression": Task(
+        kind="regression",
+        summary="a number for a text or a pair of texts",
+        fields=("text", "score"),
+        optional_fields=("text_pair",),
+        metrics=("loss", "mean_absolute_error", "pearson", "spearman", "r2"),
+        supervision="numbers",
+        answer="score",
+        settings=("too_long",),
     ),
 }
 
-SETTINGS_OF_SOME = ("labels", "too_long", "template", "special_tokens")
+SETTINGS_OF_SOME = (*("labels", "too_long", "template", "special_tokens", "loss", "class_weights"),)
 """Settings of a task that have an effect on some kinds only; `Task.settings` says on which."""
 
 
@@ -115,19 +163,33 @@ class TaskConfig(Settings):
     """The task: its kind, its data, and how rows are read."""
 
     kind: TaskKind
-    """What is trained: `chat`, `text` or `classification`."""
+    """What is trained; `fulltune tasks` lists the kinds."""
     train: str | tuple[str, ...]
     """Training data: a file, a folder, `asset:NAME`, `hub:OWNER/NAME[:SPLIT]`, or a list."""
     validation: str | None = "5%"
     """Held-out data: a share (`5%`), a number (`500 examples`), a source like `train`, or null."""
     format: Literal[
-        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "classification"
+        "auto",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "text",
+        "classification",
+        "multi_label",
+        "regression",
     ] = "auto"
     """How rows are laid out; `auto` recognises it from the first rows and says so."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our field name -> the column's name in the data, e.g. `{text: question, label: class}`."""
     labels: tuple[str, ...] | None = None
-    """Classification: the labels in order; null takes the sorted labels of the training split."""
+    """Tasks with labels: they in order; null takes the sorted labels of the training split."""
+    loss: Literal["cross_entropy", "focal", "ordinal"] = "cross_entropy"
+    """Classification: `focal` counts what is told well already for little, `ordinal` makes a near
+    class of `labels` cost less than a far one."""
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Classification: what an example of each class counts for; `balanced` gives rare classes as
+    much as frequent ones, null counts all the same."""
     max_length: Annotated[int, Field(ge=2)] | None = None
     """Longest example in tokens; null is the model's context length."""
     too_long: Literal["error", "truncate", "drop"] = "error"

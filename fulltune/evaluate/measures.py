@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 import torch
 
 from fulltune.data.tasks import TaskKind
+from fulltune.evaluate.label_metrics import multi_label_metrics, regression_metrics
 from fulltune.evaluate.metrics import classification_metrics
 from fulltune.objectives.base import Objective
 from fulltune.objectives.classification import Classification, ClassificationOutput
+from fulltune.objectives.multi_label import MultiLabel, MultiLabelOutput
+from fulltune.objectives.regression import RegressionOutput
 
 Measure: TypeAlias = Callable[[Objective, Sequence[Any]], dict[str, Any]]
 """The objective and its `Scores.outputs` of all examples -> numbers under the names of `METRICS`,
@@ -30,4 +34,23 @@ def _classification(objective: Objective, outputs: Sequence[ClassificationOutput
     )
 
 
-MEASURES: dict[TaskKind, Measure] = {"classification": _classification}
+def _multi_label(objective: Objective, outputs: Sequence[MultiLabelOutput]) -> Any:
+    return multi_label_metrics(
+        torch.stack([output.has_label_C for output in outputs]).numpy(),
+        torch.stack([output.logits_C for output in outputs]).double().numpy(),
+        cast(MultiLabel, objective).labels,
+    )
+
+
+def _regression(objective: Objective, outputs: Sequence[RegressionOutput]) -> Any:
+    return regression_metrics(
+        np.array([output.score for output in outputs]),
+        np.array([output.predicted for output in outputs]),
+    )
+
+
+MEASURES: dict[TaskKind, Measure] = {
+    "classification": _classification,
+    "multi_label": _multi_label,
+    "regression": _regression,
+}

@@ -26,7 +26,7 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "loss": Metric("lower", "mean cross-entropy per target, in nats"),
+    "loss": Metric("lower", "mean cross-entropy per target, in nats; of a number, squared error"),
     "perplexity": Metric("lower", "e to the power of the loss"),
     "bits_per_byte": Metric("lower", "cross-entropy per UTF-8 byte of the text, in bits"),
     "accuracy": Metric("higher", "share of examples whose likeliest label is the right one"),
@@ -44,6 +44,12 @@ METRICS: dict[str, Metric] = {
     "macro_f1": Metric("higher", "mean F1 of the labels, each counting the same"),
     "weighted_f1": Metric("higher", "mean F1 of the labels, each counting by its examples"),
     "matthews": Metric("higher", "Matthews correlation of labels and predictions, -1 to 1"),
+    "micro_f1": Metric("higher", "F1 of all labels of all examples together"),
+    "subset_accuracy": Metric("higher", "share of examples whose labels are all right"),
+    "mean_absolute_error": Metric("lower", "mean distance of the number given from the right one"),
+    "pearson": Metric("higher", "linear correlation of the numbers given and the right ones"),
+    "spearman": Metric("higher", "correlation of their ranks"),
+    "r2": Metric("higher", "share of the variance explained; 0 is always giving the mean"),
     "retention_loss": Metric("lower", "loss on a fixed general text: rises when it is forgotten"),
 }
 

@@ -13,6 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.packing import group_by_length, pack
+from fulltune.data.tasks import Example
+from fulltune.errors import DataError
 from fulltune.models.evaluation_mode import evaluation_mode
 from fulltune.objectives.base import Objective, to_device
 from fulltune.runtime import preserved_random_state
@@ -48,6 +50,24 @@ def cut_into_batches(
     else:
         cut = group_by_length(lengths, token_budget=batch_tokens)
     return [places.tolist() for places in cut]
+
+
+def encode_whole(objective: Objective, examples: Sequence[Example]) -> list[EncodedExample]:
+    """Examples of which each is one encoded example.
+
+    Raises:
+        DataError: one of them is dropped, or does not fit the model.
+    """
+    encoded = []
+    for example in examples:
+        pieces = objective.encode(example)
+        if not pieces:
+            raise DataError(
+                f"{example.where}: the text is longer than the context, and was dropped",
+                hint="set `task.too_long=truncate`, or shorten the text",
+            )
+        encoded.append(pieces[0])
+    return encoded
 
 
 def score_examples(

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from fulltune.data.tasks import ClassificationExample
-from fulltune.errors import DataError
-from fulltune.inference.batches import in_chunks, score_examples
+from fulltune.inference.batches import encode_whole, in_chunks, score_examples
 from fulltune.objectives.classification import Classification
 
 
@@ -43,15 +42,7 @@ def classify(
     """
     names = objective.labels
     for chunk in in_chunks(examples, window):
-        encoded = []
-        for example in chunk:
-            pieces = objective.encode(example)
-            if not pieces:
-                raise DataError(
-                    f"{example.where}: the text is longer than the context, and was dropped",
-                    hint="set `task.too_long=truncate`, or shorten the text",
-                )
-            encoded.append(pieces[0])
+        encoded = encode_whole(objective, chunk)
         for output in score_examples(model, objective, encoded, batch_tokens=batch_tokens):
             row = output.logits_C.softmax(dim=-1)
             shares = dict(zip(names, row.tolist(), strict=True))

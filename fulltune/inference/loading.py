@@ -14,6 +14,7 @@ from fulltune.data.tasks import TASKS, TaskKind
 from fulltune.errors import ModelError
 from fulltune.models.attention import IMPLEMENTATION
 from fulltune.models.loading import (
+    PROBLEM_TYPES,
     context_length,
     load_model,
     load_model_config,
@@ -114,7 +115,11 @@ def _infer_kind(
     architectures = config.architectures or []
     kind: TaskKind
     if any(name.endswith("ForSequenceClassification") for name in architectures):
-        kind, reason = "classification", f"its architecture is {architectures[0]}"
+        kinds: dict[str | None, TaskKind] = {
+            problem: head for head, problem in PROBLEM_TYPES.items() if head in TASKS
+        }
+        kind = kinds.get(config.problem_type, "classification")
+        reason = f"its architecture is {architectures[0]}"
     elif any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         has_template = tokenizer.chat_template is not None
         kind = "chat" if has_template else "text"

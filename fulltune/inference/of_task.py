@@ -14,11 +14,13 @@ from fulltune.data.tasks import (
     TaskKind,
     TextExample,
 )
+from fulltune.inference.batches import encode_whole, score_examples
 from fulltune.inference.generation import Answer, GenerationSettings, generate, generate_text
 from fulltune.inference.labelling import classify
 from fulltune.inference.loading import Loaded
 from fulltune.objectives.base import Objective
 from fulltune.objectives.classification import Classification
+from fulltune.objectives.multi_label import MultiLabel
 
 Predict: TypeAlias = Callable[
     [Loaded, Objective, Sequence[Example], GenerationSettings | None, int], list[dict[str, Any]]
@@ -108,10 +110,42 @@ def _as_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return [{"answer": answer.text, "stopped": answer.stopped} for answer in answers]
 
 
+def _label_each(
+    loaded: Loaded,
+    objective: Objective,
+    examples: Sequence[Example],
+    settings: GenerationSettings | None,
+    batch_tokens: int,
+) -> list[dict[str, Any]]:
+    """The labels that are likelier than not."""
+    labels = cast(MultiLabel, objective).labels
+    encoded = encode_whole(objective, examples)
+    predictions = []
+    for output in score_examples(loaded.model, objective, encoded, batch_tokens=batch_tokens):
+        shares = dict(zip(labels, output.logits_C.sigmoid().tolist(), strict=True))
+        chosen = [label for label, share in shares.items() if share > 0.5]
+        predictions.append({"labels": chosen, "probabilities": shares})
+    return predictions
+
+
+def _give_score(
+    loaded: Loaded,
+    objective: Objective,
+    examples: Sequence[Example],
+    settings: GenerationSettings | None,
+    batch_tokens: int,
+) -> list[dict[str, Any]]:
+    encoded = encode_whole(objective, examples)
+    outputs = score_examples(loaded.model, objective, encoded, batch_tokens=batch_tokens)
+    return [{"score": output.predicted} for output in outputs]
+
+
 PREDICTORS: dict[TaskKind, Predictor] = {
     "chat": Predictor(_answer, rows=32, generates=True),
     "text": Predictor(_continue, rows=32, generates=True),
     "classification": Predictor(_label, rows=512, generates=False),
+    "multi_label": Predictor(_label_each, rows=512, generates=False),
+    "regression": Predictor(_give_score, rows=512, generates=False),
 }
 
 

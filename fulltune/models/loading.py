@@ -41,6 +41,8 @@ from fulltune.models.families import Family, family_of, layer_of
 Head = Literal[
     "causal_lm",
     "classification",
+    "multi_label",
+    "regression",
     "token_classification",
     "question_answering",
     "masked_lm",
@@ -53,6 +55,8 @@ Head = Literal[
 AUTO_CLASSES: dict[Head, Any] = {
     "causal_lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
+    "multi_label": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
     "token_classification": AutoModelForTokenClassification,
     "question_answering": AutoModelForQuestionAnswering,
     "masked_lm": AutoModelForMaskedLM,
@@ -60,13 +64,24 @@ AUTO_CLASSES: dict[Head, Any] = {
     "permutation_lm": XLNetLMHeadModel,
     "sequence_to_sequence": AutoModelForSeq2SeqLM,
 }
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 TASK_HEADS: dict[Head, str] = {
     "classification": "SequenceClassification",
+    "multi_label": "SequenceClassification",
+    "regression": "SequenceClassification",
     "token_classification": "TokenClassification",
     "question_answering": "QuestionAnswering",
 }
 """Heads that a body is given anew where it has none, and how their architectures are named."""
-LABELLED_HEADS: frozenset[Head] = frozenset({"classification", "token_classification"})
+LABELLED_HEADS: frozenset[Head] = frozenset(
+    {"classification", "multi_label", "token_classification"}
+)
+PROBLEM_TYPES: dict[Head, ProblemType] = {
+    "classification": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+"""What transformers calls the losses of one and the same head."""
 INFO_FILE = "fulltune.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
@@ -175,6 +190,8 @@ def load_model(
     new_head = False
     if head in LABELLED_HEADS:
         new_head = _set_labels(config, family, labels, path, head)
+    elif head == "regression":
+        new_head = _set_regression(config, family)
     elif head in TASK_HEADS:
         new_head = not _has_head(config, head)
     elif head in ("masked_lm", "sentence_order"):
@@ -344,7 +361,11 @@ def _set_dropout(config: PretrainedConfig, family: Family, dropout: float) -> No
 
 
 def _has_head(config: PretrainedConfig, head: Head) -> bool:
-    return any(TASK_HEADS[head] in name for name in config.architectures or ())
+    """Whether the weights hold the head, trained on the same loss."""
+    named = any(TASK_HEADS[head] in name for name in config.architectures or ())
+    # A folder from elsewhere often does not say which; then it is the plain one.
+    problem = config.problem_type or PROBLEM_TYPES["classification"]
+    return named and problem == PROBLEM_TYPES.get(head, problem)
 
 
 def _set_labels(
@@ -371,10 +392,19 @@ def _set_labels(
         )
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
-    if head == "classification":
-        # Regression and multi-label are other losses; a saved model must not be taken for one.
-        config.problem_type = "single_label_classification"
+    if head in PROBLEM_TYPES:
+        config.problem_type = PROBLEM_TYPES[head]
     return not (trained and own == list(labels))
+
+
+def _set_regression(config: PretrainedConfig, family: Family) -> bool:
+    """Prepare the config for one number; true if the head has to be made anew."""
+    for name, value in family.config_values.items():
+        setattr(config, name, value)
+    trained = _has_head(config, "regression") and config.num_labels == 1
+    config.num_labels = 1
+    config.problem_type = PROBLEM_TYPES["regression"]
+    return not trained
 
 
 def _check_missing(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fulltune.data.tasks import TaskKind
 from fulltune.errors import ConfigError, ModelError
 from fulltune.models.families import Family, family_of
 from fulltune.objectives.base import Objective, TooLong
 from fulltune.objectives.causal_lm import CausalLM
-from fulltune.objectives.classification import Classification
+from fulltune.objectives.classification import Classification, ClassificationLoss
+from fulltune.objectives.multi_label import MultiLabel
+from fulltune.objectives.regression import Regression
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -31,6 +33,7 @@ class ObjectiveSettings:
     labels: tuple[str, ...] = ()
     """The classes in order, where they are known already."""
     too_long: TooLong = "error"
+    loss: ClassificationLoss = "cross_entropy"
     special_tokens: Literal["error", "text"] = "error"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -45,6 +48,8 @@ class TaskObjective:
     make: Callable[[ObjectiveSettings], Objective]
     can: Callable[[Family], bool] = lambda family: True
     """Whether models of a family can do it."""
+    smooths_labels: bool = False
+    """Whether `label_smoothing` has an effect."""
 
 
 def _causal_lm(settings: ObjectiveSettings) -> CausalLM:
@@ -59,18 +64,33 @@ def _causal_lm(settings: ObjectiveSettings) -> CausalLM:
     )
 
 
-def _classification(settings: ObjectiveSettings) -> Classification:
+def _reader(settings: ObjectiveSettings) -> dict[str, Any]:
     family = family_of(settings.config)
+    return {
+        "tokenizer": settings.tokenizer,
+        "max_length": settings.max_length,
+        "pooling": family.pooling,
+        "too_long": settings.too_long,
+        "packing": family.can_pack,
+        "own_forward": family.pools_real_tokens,
+    }
+
+
+def _classification(settings: ObjectiveSettings) -> Classification:
     return Classification(
-        settings.tokenizer,
-        settings.labels,
-        settings.max_length,
-        pooling=family.pooling,
-        too_long=settings.too_long,
-        packing=family.can_pack,
-        own_forward=family.pools_real_tokens,
+        **_reader(settings),
+        labels=settings.labels,
         label_smoothing=settings.label_smoothing,
+        loss=settings.loss,
     )
+
+
+def _multi_label(settings: ObjectiveSettings) -> MultiLabel:
+    return MultiLabel(**_reader(settings), labels=settings.labels)
+
+
+def _regression(settings: ObjectiveSettings) -> Regression:
+    return Regression(**_reader(settings))
 
 
 def _predicts_the_next_token(family: Family) -> bool:
@@ -78,9 +98,11 @@ def _predicts_the_next_token(family: Family) -> bool:
 
 
 OF_TASK: dict[TaskKind, TaskObjective] = {
-    "chat": TaskObjective("causal_lm", _causal_lm, _predicts_the_next_token),
-    "text": TaskObjective("causal_lm", _causal_lm, _predicts_the_next_token),
-    "classification": TaskObjective("classification", _classification),
+    "chat": TaskObjective("causal_lm", _causal_lm, _predicts_the_next_token, True),
+    "text": TaskObjective("causal_lm", _causal_lm, _predicts_the_next_token, True),
+    "classification": TaskObjective("classification", _classification, smooths_labels=True),
+    "multi_label": TaskObjective("multi_label", _multi_label),
+    "regression": TaskObjective("regression", _regression),
 }
 
 
@@ -99,6 +121,9 @@ def make_task_objective(kind: TaskKind, settings: ObjectiveSettings) -> Objectiv
     task = OF_TASK[kind]
     if task.head != "causal_lm" and settings.z_loss:
         raise ConfigError(f"`z_loss` has no effect with `task.kind: {kind}`", hint="leave it out")
+    if settings.label_smoothing and (not task.smooths_labels or settings.loss != "cross_entropy"):
+        beside = f"task.kind: {kind}" if not task.smooths_labels else f"task.loss: {settings.loss}"
+        raise ConfigError(f"`label_smoothing` has no effect with `{beside}`", hint="leave it out")
     family = family_of(settings.config)
     if not task.can(family):
         lacks = " does not predict the next token, so it" if task.head == "causal_lm" else ""

@@ -127,11 +127,11 @@ def _write_facts(trainer: Trainer, manifest: dict[str, Any]) -> None:
     write_atomically(
         trainer.folder / "data.json", to_json(trainer.prepared.facts, trainer.prepared.findings)
     )
-    if "confusion_matrix" in trainer.last_details:
+    if "per_label" in trainer.last_details:
         (trainer.folder / "predictions").mkdir(exist_ok=True)
         evaluation = {
             "labels": list(getattr(trainer.objective, "labels", ())),
-            "confusion": trainer.last_details["confusion_matrix"],
+            "confusion": trainer.last_details.get("confusion_matrix"),
             "per_class": trainer.last_details["per_label"],
         }
         write_atomically(

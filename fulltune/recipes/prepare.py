@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -175,6 +175,7 @@ def make_objective(
         task.max_length or context,
         labels=tuple(task.labels or ()),
         too_long=task.too_long,
+        loss=task.loss,
         special_tokens=task.special_tokens,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -205,6 +206,8 @@ def prepare(
     notes = [*encoded.notes, *([split.note] if split.note else [])]
     if TASKS[task.kind].supervision == "labels":
         objective = _with_labels(objective, dataset, train)
+        if task.class_weights is not None:
+            objective = _with_class_weights(objective, task.class_weights, dataset, train)
     ends = end_of_turn_ids(objective.tokenizer) if task.kind == "chat" else set()
     facts = examine(
         dataset,
@@ -324,6 +327,40 @@ def _with_labels(objective: Objective, dataset: JoinedDataset, train: IntArray) 
             hint="correct the label, or name it in `task.labels`",
         )
     return objective
+
+
+def _with_class_weights(
+    objective: Objective,
+    weights: Mapping[str, float] | Literal["balanced"],
+    dataset: JoinedDataset,
+    train: IntArray,
+) -> Objective:
+    """An objective that knows what an example of each class counts for.
+
+    Balanced weights are n / (C n_c), as in scikit-learn: their mean over the training data is 1.
+
+    Raises:
+        ConfigError: weights are given, and not for exactly the labels.
+    """
+    labels: tuple[str, ...] = cast(Any, objective).labels
+    if weights == "balanced":
+        codes = dataset.labels[train]
+        counts = [
+            int((codes == dataset.label_names.index(name)).sum())
+            if name in dataset.label_names
+            else 0
+            for name in labels
+        ]
+        chosen = [len(codes) / (len(labels) * count) if count else 1.0 for count in counts]
+    else:
+        if set(weights) != set(labels):
+            raise ConfigError(
+                f"`task.class_weights` is for {', '.join(f'`{name}`' for name in weights)}, and "
+                f"the labels are {', '.join(f'`{name}`' for name in labels)}",
+                hint="give one weight for each label, or `balanced`",
+            )
+        chosen = [weights[name] for name in labels]
+    return cast(Objective, replace(cast(Any, objective), class_weights=tuple(chosen)))
 
 
 def find_examples(

@@ -13,6 +13,8 @@ _TAGS = {
     "chat": ["text-generation", "conversational"],
     "text": ["text-generation"],
     "classification": ["text-classification"],
+    "multi_label": ["text-classification", "multi-label"],
+    "regression": ["text-classification", "regression"],
 }
 
 _HUB_LICENCES = frozenset(
@@ -28,6 +30,8 @@ _LIMITS = {
     "chat": "it may state falsehoods fluently and has had no safety evaluation",
     "text": "it continues text in the manner of its data, true or not, and follows no instructions",
     "classification": "it gives one of its labels to any text, also to text unlike its data",
+    "multi_label": "it knows no other labels than those of its data",
+    "regression": "it gives a number to any text, also to text unlike its data",
 }
 
 

@@ -48,13 +48,12 @@ class Rows:
         )
         self.input_hashes = np.array([row["input_hash"] for row in rows], dtype=np.int64)
         self.example_hashes = np.array([row["example_hash"] for row in rows], dtype=np.int64)
-        self.label_names = sorted({row["label"] for row in rows} - {""})
-        self.labels = np.array(
-            [
-                self.label_names.index(row["label"]) if row["label"] in self.label_names else -1
-                for row in rows
-            ]
+        self.label_names = sorted({label for row in rows for label in row["labels"]})
+        self.label_codes = np.array(
+            [self.label_names.index(label) for row in rows for label in row["labels"]],
+            dtype=np.int64,
         )
+        self.label_offsets = np.cumsum([0, *(len(row["labels"]) for row in rows)])
 
     def where(self, index: int) -> str:
         return self.rows[index]["where"]
@@ -76,7 +75,7 @@ def chat_row(
         input_ids=[5, 6, *answer],
         targets=[0, 0, *(1 for _ in answer)],
         token_type_ids=[],
-        label="",
+        labels=[],
         num_removed=num_removed,
         num_removed_targets=num_removed_targets,
         input_hash=hash(prompt),
@@ -91,7 +90,7 @@ def class_row(number: int, label: str, text: str = "") -> EncodedExample:
     return encoded_example(
         [1, 5, 2],
         targets=[0, 0, 0],
-        label=label,
+        labels=[label] if label else [],
         input_hash=hash(text),
         example_hash=hash((text, label)),
         where=f"reviews.csv:{number + 2}",
@@ -165,7 +164,8 @@ def test_a_million_examples_are_examined_in_seconds() -> None:
     rows.num_targets = rows.num_removed = rows.num_removed_targets = np.zeros(size, dtype=np.int32)
     rows.input_hashes = generator.integers(-(2**62), 2**62, size)
     rows.example_hashes = generator.integers(-(2**62), 2**62, size)
-    rows.labels = generator.integers(0, 2, size)
+    rows.label_codes = generator.integers(0, 2, size)
+    rows.label_offsets = np.arange(size + 1)
     rows.where = lambda index: f"rows:{index}"  # type: ignore[method-assign]
 
     start = time.process_time()

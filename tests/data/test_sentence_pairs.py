@@ -100,7 +100,7 @@ def test_labels_say_where_the_second_segment_is_from(
         assert example["input_ids"] == [START, *a, SEPARATOR, *b, SEPARATOR]
         assert example["token_type_ids"] == [0] * (len(a) + 2) + [1] * (len(b) + 1)
         assert example["targets"] == [0, *[1] * len(a), 0, *[1] * len(b), 0]
-        assert example["label"] == str(label)
+        assert example["labels"] == [str(label)]
         assert example["where"] == pairs.where(index) == f"a.txt:{first.document + 1}"
         assert len(example["input_ids"]) == pairs.lengths[index] <= max_length
 

@@ -189,7 +189,7 @@ def test_retention_is_refused_where_no_head_predicts_text(gpt2: Loaded) -> None:
     assert retention_reader(objective) is objective
     assert retention_reader(CausalStream(objective)) is objective
     with pytest.raises(ConfigError, match="no head that predicts the next token"):
-        retention_reader(Classification(gpt2.tokenizer, ("a", "b"), 8, "first"))
+        retention_reader(Classification(gpt2.tokenizer, 8, "first", labels=("a", "b")))
 
 
 def test_of_equal_evaluations_the_earlier_is_the_best_and_nan_never_is() -> None:

@@ -16,6 +16,7 @@ from fulltune.inference import build_objective, classify, load_for_inference
 from fulltune.models.families import family_of
 from fulltune.models.presets import make_model
 from fulltune.objectives.classification import Classification
+from fulltune.objectives.document_reader import document_logits
 from fulltune.recipes import finetune
 
 TEXTS = (
@@ -54,8 +55,8 @@ def make_classifier(family: TokenizerFamily) -> tuple[Any, Classification]:
     model = load_model(path, head="classification", labels=labels, dtype=torch.float32)
     values = family_of(model.config)
     objective = Classification(
-        load_tokenizer(path), labels, 64, values.pooling, packing=values.can_pack,
-        own_forward=values.pools_real_tokens,
+        load_tokenizer(path), 64, values.pooling, packing=values.can_pack,
+        own_forward=values.pools_real_tokens, labels=labels,
     )  # fmt: skip
     torch.manual_seed(1)
     with torch.no_grad():
@@ -74,7 +75,7 @@ def test_a_documents_scores_are_those_it_has_alone_in_the_models_own_forward(
     ]
     assert len({len(example["input_ids"]) for example in examples}) > 1
     with torch.no_grad():
-        together_DC = objective.logits(model, objective.collate(examples))
+        together_DC = document_logits(model, objective.collate(examples))
         alone_DC = torch.cat(
             [
                 model(
@@ -99,7 +100,7 @@ def test_texts_with_their_own_end_tokens_are_classified() -> None:
         for text in ("a </s> b", "Where is the house?")
     ]
     with torch.no_grad():
-        assert objective.logits(model, objective.collate(examples)).isfinite().all()
+        assert document_logits(model, objective.collate(examples)).isfinite().all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
