@@ -68,7 +68,7 @@ def encoded_example(input_ids: Sequence[int], number: int = 0, **others: object)
         "input_ids": list(input_ids),
         "targets": [1] * len(input_ids),
         "token_type_ids": [],
-        "label": "",
+        "labels": [],
         "num_removed": 0,
         "num_removed_targets": 0,
         "input_hash": number,

@@ -87,7 +87,7 @@ def test_every_metric_of_every_task_is_known_and_can_be_chosen() -> None:
         assert check_metric(None, kind) == task.metrics[0]
         for name in task.metrics:
             assert name in METRICS
-            assert check_metric(name, kind) == name
+            assert check_metric(name, kind, retention=True) == name
 
 
 def test_an_unknown_metric_names_the_near_one_and_the_possible_ones() -> None:
