@@ -1,4 +1,7 @@
-"""Which parameters are trained: all, the head only, or the last layers with the head."""
+"""Which parameters are trained: all, the head only, or the last layers with the head.
+
+LoRA stands beside them for comparison.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,25 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import AfterValidator
 
 from fulltune.errors import ConfigError
+from fulltune.models.adapters import is_lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def _check(text: str) -> str:
-    if text in ("all", "head") or re.fullmatch(r"last [1-9][0-9]* layers?", text):
+    if text in ("all", "head") or re.fullmatch(r"last [1-9][0-9]* layers?|lora [1-9][0-9]*", text):
         return text
-    raise ValueError("no such choice; write `all`, `head` or `last N layers`")
+    raise ValueError("no such choice; write `all`, `head`, `last N layers` or `lora RANK`")
 
 
 Scope = Annotated[str, AfterValidator(_check)]
-"""`all`, `head` or `last N layers`."""
+"""`all`, `head`, `last N layers`, or for comparison `lora RANK`."""
+
+
+def lora_rank(scope: str) -> int | None:
+    """The rank that a scope names; None where it is not LoRA."""
+    return int(scope.split()[1]) if scope.startswith("lora") else None
 
 
 def freeze(
@@ -57,7 +66,8 @@ def freeze(
         layer = layer_of[name]
         is_head = layer == "head" or parameter is head_weight
         is_last = isinstance(layer, int) and layer >= num_layers - count
-        parameter.requires_grad_(scope == "all" or is_head or (count > 0 and is_last))
+        is_added = lora_rank(scope) is not None and is_lora(name)
+        parameter.requires_grad_(scope == "all" or is_head or is_added or (count > 0 and is_last))
         if scope != "all" and is_head and layer == "embeddings":
             tied_heads.add(name)
     return frozenset(tied_heads)

@@ -64,7 +64,8 @@ class Config(Settings):
     """What to start from: a folder, a Hub name, a `.gguf` file, a run folder, or `asset:NAME`."""
     task: TaskConfig
     scope: Scope = "all"
-    """Which weights are trained: `all`, `head`, or `last N layers` with the head."""
+    """Which weights are trained: `all`, `head`, or `last N layers` with the head. `lora RANK` is
+    there for comparison (peft), and merged into plain weights at the end."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout everywhere in the model; null leaves the model's own."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -19,8 +19,10 @@ from fulltune.assets import PREFIX, find_asset
 from fulltune.data.preview_facts import to_json
 from fulltune.errors import CheckpointError, RunFolderError
 from fulltune.inference import stop_ids
+from fulltune.models.adapters import merge_lora
 from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import save_model
+from fulltune.models.scope import lora_rank
 from fulltune.recipes.measuring import measure, sample
 from fulltune.report.report import render_model_card, write_report
 from fulltune.runtime import (
@@ -106,7 +108,9 @@ def _exact_model(trainer: Trainer) -> tuple[PreTrainedModel, list[dict[str, Any]
     if trainer.config.task.kind == "chat" and generation is not None:
         # What ends an answer here ends it wherever the folder is loaded.
         generation.eos_token_id = stop_ids(model, trainer.base.tokenizer)
-    for parameter in parameters.values():  # not the buffers: rotary frequencies stay float32
+    if lora_rank(trainer.config.scope) is not None:
+        merge_lora(model)
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32
         parameter.data = parameter.data.to(WRITTEN[trainer.config.save_as])
     return model, change, tokens_still
 

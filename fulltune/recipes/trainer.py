@@ -17,11 +17,12 @@ from fulltune.data.tasks import ChatExample
 from fulltune.errors import ConfigError
 from fulltune.evaluate.evaluator import BestTracker, Retention
 from fulltune.memory.plan import MemoryPlan, plan_memory
+from fulltune.models.adapters import add_lora
 from fulltune.models.families import layers_of, num_layers
 from fulltune.models.flops import count_flops
 from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import TASK_HEADS, load_model
-from fulltune.models.scope import freeze, require_own_weights
+from fulltune.models.scope import freeze, lora_rank, require_own_weights
 from fulltune.models.vocabulary import grow_embeddings
 from fulltune.objectives.causal_lm import require_plain_head
 from fulltune.objectives.noise import noise_seed
@@ -171,6 +172,8 @@ class Trainer:
         )
         if self.base.new_tokens:
             grow_embeddings(model, self.base.new_tokens)
+        if (rank := lora_rank(self.config.scope)) is not None:
+            add_lora(model, rank)
         torch.nn.Module.to(model, self.runtime.device)  # in place
         if self.objective.head == "causal_lm":
             with tried(model):

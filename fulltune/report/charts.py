@@ -124,6 +124,45 @@ def bar_chart(
     return _svg(parts, title, summary, f"{_WIDTH} {len(bars) * row_height + 8}", "bar-chart")
 
 
+def interval_chart(rows: Sequence[tuple[str, float, float]], *, title: str) -> str:
+    """Means with their intervals below one another, on one scale that need not begin at zero.
+
+    Args:
+        rows: name, mean and half the width of the interval, which may be NaN where there is none.
+        title: what is shown.
+    """
+    rows = [row for row in rows if math.isfinite(row[1])]
+    if not rows:
+        return ""
+    halves = [half if math.isfinite(half) else 0.0 for _, _, half in rows]
+    low, high = _widen(
+        min(mean - half for (_, mean, _), half in zip(rows, halves, strict=True)),
+        max(mean + half for (_, mean, _), half in zip(rows, halves, strict=True)),
+    )
+    row_height, left, right, top = 30, 150, 90, 26
+
+    def place(value: float) -> float:
+        return left + (value - low) / (high - low) * (_WIDTH - left - right)
+
+    parts = [f'<text class="axis" x="4" y="14">{escape(title)}</text>']
+    for number, ((name, mean, _), half) in enumerate(zip(rows, halves, strict=True)):
+        y = top + row_height * number + 14
+        shown = f"{format_number(mean)} ± {format_number(half)}" if half else format_number(mean)
+        parts.append(
+            f'<text class="tick" x="{left - 12}" y="{y + 4}" text-anchor="end">'
+            f"{escape(shorten(name, 22))}</text>"
+            f'<line class="grid" x1="{left}" x2="{_WIDTH - right}" y1="{y}" y2="{y}"/>'
+            f'<g class="series-0"><path class="line series-0" '
+            f'd="M{place(mean - half):.1f} {y}H{place(mean + half):.1f}"/>'
+            f'<circle class="dot series-0" cx="{place(mean):.1f}" cy="{y}" r="5">'
+            f"<title>{escape(name)}: {escape(shown)}</title></circle></g>"
+            f'<text class="tick" x="{_WIDTH - right + 8}" y="{y + 4}">{escape(shown)}</text>'
+        )
+    summary = "; ".join(f"{name} {format_number(mean)}" for name, mean, _ in rows)
+    height = top + row_height * len(rows) + 6
+    return _svg(parts, title, summary, f"{_WIDTH} {height}", "interval-chart")
+
+
 def heat_map(labels: Sequence[str], rows: Sequence[Sequence[float]], *, title: str) -> str:
     """A confusion matrix: true label down, predicted label across, shaded by the share of a row."""
     if not labels:

@@ -6,8 +6,9 @@ from data, settings or answers is escaped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
@@ -17,7 +18,7 @@ from fulltune.report.model_card import render_model_card
 from fulltune.report.one_run import describe_run
 from fulltune.report.run_record import read_run
 
-__all__ = ["render_model_card", "write_report"]
+__all__ = ["render_model_card", "write_page", "write_report"]
 
 
 def write_report(runs: Sequence[Path], output: Path) -> Path:
@@ -37,6 +38,17 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     if not runs:
         raise RunFolderError("no run was given", hint="give the folder of at least one run")
     records = [read_run(run) for run in runs]
+    if len(records) == 1:
+        return write_page(output, "run.html.j2", describe_run(records[0]))
+    return write_page(output, "comparison.html.j2", describe_comparison(records))
+
+
+def write_page(output: Path, template: str, values: Mapping[str, Any]) -> Path:
+    """Fill a template of this package, and write it whole or not at all.
+
+    Raises:
+        RunFolderError: the page cannot be written.
+    """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader("fulltune.report"), PackageLoader("fulltune.data")]),
         autoescape=True,
@@ -44,10 +56,7 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    if len(records) == 1:
-        page = environment.get_template("run.html.j2").render(describe_run(records[0]))
-    else:
-        page = environment.get_template("comparison.html.j2").render(describe_comparison(records))
+    page = environment.get_template(template).render(values)
     temporary = output.with_name(output.name + ".tmp")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
