@@ -27,8 +27,9 @@ from fulltune.models.families import FAMILIES
 from fulltune.recipes import finetune, pretrain
 from fulltune.recipes.chain_steps import KINDS
 
-VERBS = ("demo", "preview", "finetune", "pretrain", "chain", "compare", "corpus", "evaluate",
-         "predict", "chat", "report", "attention", "settings", "tasks", "models", "assets")  # fmt: skip
+VERBS = ("demo", "preview", "finetune", "pretrain", "chain", "compare", "corpus",
+         "evaluate", "predict", "chat", "report", "attention", "settings", "tasks", "models",
+         "assets")  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 Say = Callable[..., tuple[int, str, str]]
 

@@ -106,6 +106,12 @@ def alpaca_zh(archive: Path, folder: Path) -> None:
     _write_rows(folder / "alpaca-zh.jsonl", rows)
 
 
+def dpo_en(archive: Path, folder: Path) -> None:
+    """Write conversations with a chosen and a rejected answer, as they are."""
+    rows = json.loads(_tar_text(archive, "llamafactory-0.9.5/data/dpo_en_demo.json"))
+    _write_rows(folder / "dpo-en.jsonl", rows)
+
+
 def us_addresses(archive: Path, folder: Path) -> None:
     """Write addresses as tokens and tags; each XML element is one token of an address."""
     root = ElementTree.fromstring(_tar_text(archive, "usaddress-0.5.16/training/labeled.xml"))

@@ -191,6 +191,15 @@ ASSETS: dict[str, Asset] = {
             summary="999 English instructions with answers",
         ),
         Asset(
+            "dpo-en",
+            "data",
+            LLAMAFACTORY,
+            builders.dpo_en,
+            licence="Apache-2.0",
+            source="the sample of English preferences in LLaMA-Factory",
+            summary="300 conversations with a chosen and a rejected answer",
+        ),
+        Asset(
             "alpaca-zh",
             "data",
             LLAMAFACTORY,

@@ -95,6 +95,37 @@ def prompt_completion_messages(row: Row) -> list[Message]:
     return messages
 
 
+def preferred_messages(row: Row) -> tuple[list[Message], list[Message]]:
+    """The conversation with the chosen and with the rejected answer.
+
+    Each answer is a text or a list of turns; without a prompt, the turns are whole conversations.
+    """
+    system = _system(row, row.optional("system"))
+    prompt = _text_or_turns(row, "prompt", "user") if "prompt" in row.columns else []
+    sides = []
+    for field in ("chosen", "rejected"):
+        if not prompt and not isinstance(row.value(field), list):
+            raise row.error(
+                f"field `{row.columns.get(field, field)}` is an answer, and there is no `prompt`",
+                hint="add a column `prompt`, or write whole conversations as lists of turns",
+            )
+        answer = _text_or_turns(row, field, "assistant")
+        # Some sets repeat the prompt in both lists of turns.
+        repeated = prompt and answer[: len(prompt)] == prompt
+        sides.append([*system, *([] if repeated else prompt), *answer])
+    return sides[0], sides[1]
+
+
+def preferred_sharegpt_messages(row: Row) -> tuple[list[Message], list[Message]]:
+    """Turns in `conversations`, and the two last ones in `chosen` and `rejected`."""
+    before = sharegpt_messages(row)
+    sides = []
+    for field in ("chosen", "rejected"):
+        name = f"field `{row.columns.get(field, field)}`"
+        sides.append([*before, _turn(row, row.value(field), name, sharegpt=True)])
+    return sides[0], sides[1]
+
+
 def _text_or_turns(row: Row, field: str, role: Role) -> list[Message]:
     value = row.value(field)
     if isinstance(value, list):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from fulltune.data.chat_formats import (
     alpaca_messages,
     openai_messages,
+    preferred_messages,
+    preferred_sharegpt_messages,
     prompt_completion_messages,
     sharegpt_messages,
 )
@@ -24,6 +26,7 @@ from fulltune.data.tasks import (
     Example,
     Message,
     MultiLabelExample,
+    PreferenceExample,
     RegressionExample,
     TaskConfig,
     TaskKind,
@@ -163,6 +166,10 @@ def _fits(
         return isinstance(turns, list) and any(
             isinstance(turn, dict) and turn.get(key) is not None for turn in turns
         )
+    if name == "preference" and isinstance(
+        record.fields.get(columns.get("chosen", "chosen")), dict
+    ):
+        return False  # a single turn, beside the turns before it
     needed = _needed(layout, needs_label=needs_label)
     return all(columns.get(field, field) in record.fields for field in needed)
 
@@ -288,6 +295,27 @@ def _chat(messages_of: Callable[[Row], list[Message]]) -> Callable[[Row, bool], 
     return example
 
 
+def _preference(
+    messages_of: Callable[[Row], tuple[list[Message], list[Message]]],
+) -> Callable[[Row, bool], Example]:
+    def example(row: Row, needs_label: bool) -> Example:
+        chosen, rejected = messages_of(row)
+        for name, messages in (("chosen", chosen), ("rejected", rejected)):
+            if messages[-1].role != "assistant":
+                raise row.error(
+                    f"the {name} conversation ends with a turn of `{messages[-1].role}`",
+                    hint="the last turn is the answer, of the assistant",
+                )
+        if chosen[:-1] != rejected[:-1]:
+            raise row.error(
+                "the chosen and the rejected answer have different prompts",
+                hint="both must answer the same turns",
+            )
+        return PreferenceExample(tuple(chosen), tuple(rejected), row.record.where)
+
+    return example
+
+
 def _text(row: Row, needs_label: bool) -> Example:
     return TextExample(row.text("text"), row.record.where)
 
@@ -406,6 +434,24 @@ _LAYOUTS: dict[str, _Layout] = {
         description="prompt and completion: {prompt} is the user's turn, or a list of turns; "
         "{completion} is the assistant's",
         example=_chat(prompt_completion_messages),
+    ),
+    "preference": _Layout(
+        kind="preference",
+        fields=("chosen", "rejected"),
+        answer=None,
+        optional_fields=("prompt", "system"),
+        description="preferences: {chosen} and {rejected} are answers to `prompt`, or whole "
+        "conversations",
+        example=_preference(preferred_messages),
+    ),
+    "preference_sharegpt": _Layout(
+        kind="preference",
+        fields=("conversations", "chosen", "rejected"),
+        answer=None,
+        optional_fields=("system",),
+        description="preferences in ShareGPT: {conversations} are turns with `from` and `value`, "
+        "{chosen} and {rejected} the last one",
+        example=_preference(preferred_sharegpt_messages),
     ),
     "text": _Layout(
         kind="text",

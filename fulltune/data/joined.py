@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,13 +49,18 @@ class JoinedDataset:
             [[0], *(end + part.label_offsets[1:] for end, part in zip(ends, parts, strict=False))]
         ).astype(np.int64)
         self.labels = single_labels(self.label_codes, self.label_offsets)
+        self.references: npt.NDArray[np.float32] | None = None
+        """What an example is given as its `reference`, where training computed that."""
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getitem__(self, index: int) -> EncodedExample:
         part, row = self._find(index)
-        return part[row]
+        example = part[row]
+        if self.references is not None:
+            example["reference"] = json.dumps(self.references[index].tolist())
+        return example
 
     def piece(self, index: int, start: int, stop: int) -> EncodedExample:
         """Some tokens of an example; only they are read. All that is no list is the whole's."""

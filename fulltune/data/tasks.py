@@ -71,10 +71,26 @@ class RegressionExample:
     where: str
 
 
+@dataclass(frozen=True, slots=True)
+class PreferenceExample:
+    """Two conversations with the same prompt, of which one's answer is preferred."""
+
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    where: str
+
+
 Example: TypeAlias = (
-    ChatExample | TextExample | ClassificationExample | MultiLabelExample | RegressionExample
+    ChatExample
+    | TextExample
+    | PreferenceExample
+    | ClassificationExample
+    | MultiLabelExample
+    | RegressionExample
 )
-TaskKind: TypeAlias = Literal["chat", "text", "classification", "multi_label", "regression"]
+TaskKind: TypeAlias = Literal[
+    "chat", "text", "preference", "classification", "multi_label", "regression"
+]
 
 
 Supervision: TypeAlias = Literal["tokens", "labels", "numbers"]
@@ -101,6 +117,8 @@ class Task:
     """Settings among `SETTINGS_OF_SOME` that have an effect."""
     answers: bool = False
     """Whether a trained model answers prompts."""
+    becomes: TaskKind | None = None
+    """The kind that a trained model is used as, where that is another one."""
 
 
 TASKS: dict[TaskKind, Task] = {
@@ -121,6 +139,17 @@ TASKS: dict[TaskKind, Task] = {
         optional_fields=(),
         metrics=("loss", "perplexity", "bits_per_byte", "retention_loss"),
         supervision="tokens",
+    ),
+    "preference": Task(
+        kind="preference",
+        summary="two answers to a prompt; the chosen one is made likelier than the rejected (DPO)",
+        fields=("chosen", "rejected"),
+        optional_fields=("prompt",),
+        metrics=("loss", "preference_accuracy", "margin"),
+        supervision="tokens",
+        settings=("too_long", "template", "special_tokens", "beta"),
+        answers=True,
+        becomes="chat",
     ),
     "classification": Task(
         kind="classification",
@@ -155,7 +184,10 @@ TASKS: dict[TaskKind, Task] = {
     ),
 }
 
-SETTINGS_OF_SOME = (*("labels", "too_long", "template", "special_tokens", "loss", "class_weights"),)
+SETTINGS_OF_SOME = (
+    *("labels", "too_long", "template", "special_tokens", "loss", "class_weights"),
+    "beta",
+)
 """Settings of a task that have an effect on some kinds only; `Task.settings` says on which."""
 
 
@@ -174,6 +206,8 @@ class TaskConfig(Settings):
         "sharegpt",
         "alpaca",
         "prompt_completion",
+        "preference",
+        "preference_sharegpt",
         "text",
         "classification",
         "multi_label",
@@ -195,6 +229,8 @@ class TaskConfig(Settings):
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What happens to an example longer than `max_length`. Documents of `text` are always cut into
     windows instead, losing nothing."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Preference: how dear it is to move away from the model that training began with."""
     template: str | None = None
     """Chat: a Jinja file, or `chatml`, for a model without a chat template; null uses its own.
     `chatml` adds `<|im_start|>` and `<|im_end|>` to a model that lacks them."""

@@ -17,6 +17,7 @@ from fulltune.evaluate.metrics import classification_metrics
 from fulltune.objectives.base import Objective
 from fulltune.objectives.classification import Classification, ClassificationOutput
 from fulltune.objectives.multi_label import MultiLabel, MultiLabelOutput
+from fulltune.objectives.preference import PreferenceOutput
 from fulltune.objectives.regression import RegressionOutput
 
 Measure: TypeAlias = Callable[[Objective, Sequence[Any]], dict[str, Any]]
@@ -49,7 +50,17 @@ def _regression(objective: Objective, outputs: Sequence[RegressionOutput]) -> An
     )
 
 
+def _preference(objective: Objective, outputs: Sequence[PreferenceOutput]) -> Any:
+    margins = np.array([output.margin for output in outputs])
+    return {
+        "loss": float(np.logaddexp(0, -margins).mean()),
+        "preference_accuracy": float((margins > 0).mean()),
+        "margin": float(margins.mean()),
+    }
+
+
 MEASURES: dict[TaskKind, Measure] = {
+    "preference": _preference,
     "classification": _classification,
     "multi_label": _multi_label,
     "regression": _regression,

@@ -46,6 +46,10 @@ METRICS: dict[str, Metric] = {
     "matthews": Metric("higher", "Matthews correlation of labels and predictions, -1 to 1"),
     "micro_f1": Metric("higher", "F1 of all labels of all examples together"),
     "subset_accuracy": Metric("higher", "share of examples whose labels are all right"),
+    "preference_accuracy": Metric(
+        "higher", "share of pairs whose chosen answer gained more than the rejected one"
+    ),
+    "margin": Metric("higher", "mean of beta times how much more it gained, in nats"),
     "mean_absolute_error": Metric("lower", "mean distance of the number given from the right one"),
     "pearson": Metric("higher", "linear correlation of the numbers given and the right ones"),
     "spearman": Metric("higher", "correlation of their ranks"),

@@ -39,6 +39,8 @@ class LossSums:
     """float32 scalar without either, detached."""
     num_correct: Tensor
     """int64 scalar: positions whose target has the largest logit, the first of equals."""
+    cross_entropy_N: Tensor
+    """float32 [N]: of each position, without smoothing, z-loss and weights; detached."""
 
 
 class _Settings(NamedTuple):
@@ -48,6 +50,7 @@ class _Settings(NamedTuple):
     softcap: float | None
     chunk_bytes: int | None
     with_gradients: bool
+    weights_N: Tensor | None = None
 
 
 def linear_cross_entropy(
@@ -61,6 +64,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk_bytes: int | None = None,
+    weights_N: Tensor | None = None,
 ) -> LossSums:
     """Summed cross-entropy of ``hidden_NH @ weight_VH.T + bias_V`` against ``targets_N``.
 
@@ -78,6 +82,7 @@ def linear_cross_entropy(
             ``final_logit_softcapping``), after ``logit_scale``.
         chunk_bytes: most bytes of logits held at once, in the model's dtype. None is `CHUNK_BYTES`,
             or more where a single chunk needs less memory than the float32 sum over several.
+        weights_N: float32, what the loss of each position counts for in ``loss_sum``; None is 1.
     """
     inputs = (hidden_NH, weight_VH) if bias_V is None else (hidden_NH, weight_VH, bias_V)
     settings = _Settings(
@@ -87,6 +92,7 @@ def linear_cross_entropy(
         softcap=softcap,
         chunk_bytes=chunk_bytes,
         with_gradients=torch.is_grad_enabled() and any(each.requires_grad for each in inputs),
+        weights_N=weights_N,
     )
     return LossSums(*_LinearCrossEntropy.apply(hidden_NH, weight_VH, targets_N, bias_V, settings))
 
@@ -100,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_N: Tensor,
         bias_V: Tensor | None,
         settings: _Settings,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         num_positions, vocabulary_size = hidden_NH.shape[0], weight_VH.shape[0]
         wanted = [settings.with_gradients and needed for needed in ctx.needs_input_grad]
         reduced = torch.promote_types(hidden_NH.dtype, torch.float32)
@@ -160,6 +166,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     token_losses_N[place],
                     num_correct,
                     grad_bias_V,
+                    None if settings.weights_N is None else settings.weights_N[place, None],
                 )
             # From here on the chunk holds the gradients of its logits.
             chunk_CV[end - start :].zero_()
@@ -178,8 +185,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # The terms are added in float64: a step may hold more targets than float32 can count.
         loss_sum = losses_N.sum(dtype=torch.float64).to(reduced)
         cross_entropy_sum = token_losses_N.sum(dtype=torch.float64).to(reduced)
-        ctx.mark_non_differentiable(cross_entropy_sum, num_correct)
-        return loss_sum, cross_entropy_sum, num_correct
+        ctx.mark_non_differentiable(cross_entropy_sum, num_correct, token_losses_N)
+        return loss_sum, cross_entropy_sum, num_correct, token_losses_N
 
     @staticmethod
     @once_differentiable
@@ -212,6 +219,7 @@ def _score_block(
     token_losses_R: Tensor,
     num_correct: Tensor,
     grad_bias_V: Tensor | None,
+    weights_R1: Tensor | None,
 ) -> None:
     """Writes the losses of some rows, and the gradients of their logits over the logits."""
     scores_RV, probabilities_RV = buffers_2RV
@@ -245,6 +253,8 @@ def _score_block(
         losses_R.lerp_(even_R, smoothing)
     if z_loss:
         losses_R.add_(log_sums_R1[:, 0].square(), alpha=z_loss)
+    if weights_R1 is not None:
+        losses_R.mul_(weights_R1[:, 0])
     if not settings.with_gradients:
         return
 
@@ -260,6 +270,8 @@ def _score_block(
         gradients_RV.mul_(scores_RV)
     if settings.logit_scale != 1.0:
         gradients_RV.mul_(settings.logit_scale)
+    if weights_R1 is not None:
+        gradients_RV.mul_(weights_R1)
     if grad_bias_V is not None:
         grad_bias_V.add_(gradients_RV.sum(0))
     logits_RV.copy_(gradients_RV)

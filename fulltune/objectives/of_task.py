@@ -13,6 +13,7 @@ from fulltune.objectives.base import Objective, TooLong
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification, ClassificationLoss
 from fulltune.objectives.multi_label import MultiLabel
+from fulltune.objectives.preference import Preference
 from fulltune.objectives.regression import Regression
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class ObjectiveSettings:
     """The classes in order, where they are known already."""
     too_long: TooLong = "error"
     loss: ClassificationLoss = "cross_entropy"
+    beta: float = 0.1
     special_tokens: Literal["error", "text"] = "error"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -50,6 +52,8 @@ class TaskObjective:
     """Whether models of a family can do it."""
     smooths_labels: bool = False
     """Whether `label_smoothing` has an effect."""
+    bounds_logits: bool = False
+    """Whether `z_loss` has an effect."""
 
 
 def _causal_lm(settings: ObjectiveSettings) -> CausalLM:
@@ -61,6 +65,18 @@ def _causal_lm(settings: ObjectiveSettings) -> CausalLM:
         label_smoothing=settings.label_smoothing,
         z_loss=settings.z_loss,
         special_tokens=settings.special_tokens,
+    )
+
+
+def _preference(settings: ObjectiveSettings) -> Preference:
+    return Preference(
+        settings.tokenizer,
+        settings.max_length,
+        settings.too_long,
+        packing=family_of(settings.config).can_pack,
+        label_smoothing=settings.label_smoothing,
+        special_tokens=settings.special_tokens,
+        beta=settings.beta,
     )
 
 
@@ -98,8 +114,9 @@ def _predicts_the_next_token(family: Family) -> bool:
 
 
 OF_TASK: dict[TaskKind, TaskObjective] = {
-    "chat": TaskObjective("causal_lm", _causal_lm, _predicts_the_next_token, True),
-    "text": TaskObjective("causal_lm", _causal_lm, _predicts_the_next_token, True),
+    "chat": TaskObjective("causal_lm", _causal_lm, _predicts_the_next_token, True, True),
+    "text": TaskObjective("causal_lm", _causal_lm, _predicts_the_next_token, True, True),
+    "preference": TaskObjective("causal_lm", _preference, _predicts_the_next_token, True),
     "classification": TaskObjective("classification", _classification, smooths_labels=True),
     "multi_label": TaskObjective("multi_label", _multi_label),
     "regression": TaskObjective("regression", _regression),
@@ -119,7 +136,7 @@ def make_task_objective(kind: TaskKind, settings: ObjectiveSettings) -> Objectiv
         ModelError: the model's family cannot do it.
     """
     task = OF_TASK[kind]
-    if task.head != "causal_lm" and settings.z_loss:
+    if settings.z_loss and not task.bounds_logits:
         raise ConfigError(f"`z_loss` has no effect with `task.kind: {kind}`", hint="leave it out")
     if settings.label_smoothing and (not task.smooths_labels or settings.loss != "cross_entropy"):
         beside = f"task.kind: {kind}" if not task.smooths_labels else f"task.loss: {settings.loss}"

@@ -26,6 +26,7 @@ def plain_head_losses(
     scale: float,
     label_smoothing: float,
     z_loss: float,
+    weights_N: Tensor | None = None,
 ) -> LossSums:
     """The losses of a batch's ``target_ids`` at its ``prediction_positions``.
 
@@ -36,6 +37,7 @@ def plain_head_losses(
         scale: factor on the logits.
         label_smoothing: see `linear_cross_entropy`.
         z_loss: see `linear_cross_entropy`.
+        weights_N: see `linear_cross_entropy`.
     """
     head = model.get_output_embeddings()
     return linear_cross_entropy(
@@ -47,6 +49,7 @@ def plain_head_losses(
         z_loss=z_loss,
         logit_scale=scale,
         softcap=logit_softcap(model.config),
+        weights_N=weights_N,
     )
 
 

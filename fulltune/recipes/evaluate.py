@@ -105,6 +105,13 @@ def run(
         display.stage("reading and tokenizing the data")
         if data is None:
             folder, config = _run_of(Path(model))
+            if config.task.kind != loaded.kind:
+                raise ConfigError(
+                    f"the validation split of a run of `task.kind: {config.task.kind}` is measured "
+                    "against the model it began with, in training only",
+                    hint=f"see `fulltune report {folder}`, or name rows of `task.kind: "
+                    f"{loaded.kind}` with `--data FILE`",
+                )
             objective = build_objective(
                 loaded,
                 too_long=config.task.too_long,

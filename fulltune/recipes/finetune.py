@@ -38,6 +38,7 @@ from fulltune.recipes.prepare import (
     open_base,
     prepare,
 )
+from fulltune.recipes.reference import add_reference
 from fulltune.recipes.trainer import Trainer
 from fulltune.runtime import (
     Precision,
@@ -247,6 +248,7 @@ def _run(
 ) -> Result:
     folder = Path(config.run_dir)
     trainer = assemble(config, found, metric, runtime, display, start)
+    add_reference(trainer)
     with ExitStack() as held:
 
         def begin() -> None:

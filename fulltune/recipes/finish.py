@@ -17,6 +17,7 @@ from torch import Tensor
 from fulltune import __version__
 from fulltune.assets import PREFIX, find_asset
 from fulltune.data.preview_facts import to_json
+from fulltune.data.tasks import TASKS
 from fulltune.errors import CheckpointError, RunFolderError
 from fulltune.inference import stop_ids
 from fulltune.models.adapters import merge_lora
@@ -105,7 +106,7 @@ def _exact_model(trainer: Trainer) -> tuple[PreTrainedModel, list[dict[str, Any]
         for name, master in trainer.masters.items():
             parameters[name].copy_(master)
     generation = getattr(model, "generation_config", None)
-    if trainer.config.task.kind == "chat" and generation is not None:
+    if TASKS[trainer.config.task.kind].answers and generation is not None:
         # What ends an answer here ends it wherever the folder is loaded.
         generation.eos_token_id = stop_ids(model, trainer.base.tokenizer)
     if lora_rank(trainer.config.scope) is not None:
@@ -175,7 +176,7 @@ def _write_model(
 ) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     info = {
-        "kind": trainer.config.task.kind,
+        "kind": TASKS[trainer.config.task.kind].becomes or trainer.config.task.kind,
         "max_length": trainer.objective.max_length,
         "columns": dict(trainer.config.task.columns),
         "base_model": trainer.config.model,

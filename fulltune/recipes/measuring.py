@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from fulltune.data.tasks import TASKS
 from fulltune.evaluate.evaluator import (
     EvaluationResult,
     evaluate_model,
@@ -77,7 +78,8 @@ def evaluate(trainer: Trainer, step: int) -> bool:
 def sample(trainer: Trainer, step: int, model: PreTrainedModel) -> None:
     """Answer a few held-out prompts, to be read before and after."""
     count = trainer.config.evaluate.num_samples
-    if trainer.config.task.kind != "chat" or not count or not len(trainer.prepared.validation):
+    answers = TASKS[trainer.config.task.kind].answers
+    if not answers or not count or not len(trainer.prepared.validation):
         return
     trainer.display.stage("answering held-out prompts")
     samples = sample_answers(

@@ -20,7 +20,14 @@ from fulltune.data.preview_checks import check
 from fulltune.data.preview_facts import Finding, PreviewFacts
 from fulltune.data.records import check_source, read_records, source_fingerprint
 from fulltune.data.splits import Source, Split, Splittable, parse_validation, split_dataset
-from fulltune.data.tasks import SETTINGS_OF_SOME, TASKS, ChatExample, Example, TaskConfig
+from fulltune.data.tasks import (
+    SETTINGS_OF_SOME,
+    TASKS,
+    ChatExample,
+    Example,
+    PreferenceExample,
+    TaskConfig,
+)
 from fulltune.data.unknown_tokens import unknown_token_id
 from fulltune.errors import ConfigError, DataError
 from fulltune.models.chat_template import CHAT_TEMPLATES, set_chat_template
@@ -176,6 +183,7 @@ def make_objective(
         labels=tuple(task.labels or ()),
         too_long=task.too_long,
         loss=task.loss,
+        beta=task.beta,
         special_tokens=task.special_tokens,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -208,7 +216,7 @@ def prepare(
         objective = _with_labels(objective, dataset, train)
         if task.class_weights is not None:
             objective = _with_class_weights(objective, task.class_weights, dataset, train)
-    ends = end_of_turn_ids(objective.tokenizer) if task.kind == "chat" else set()
+    ends = end_of_turn_ids(objective.tokenizer) if TASKS[task.kind].answers else set()
     facts = examine(
         dataset,
         sides(split, task),
@@ -403,7 +411,13 @@ def first_conversations(
     wheres = [dataset.where(int(index)) for index in indices[: 4 * num_samples]]
     examples = find_examples(task, wheres)
     found = [examples[where] for where in dict.fromkeys(wheres) if where in examples]
-    return [example for example in found if isinstance(example, ChatExample)]
+    chosen = [
+        ChatExample(example.chosen, example.where)
+        if isinstance(example, PreferenceExample)
+        else example
+        for example in found
+    ]
+    return [example for example in chosen if isinstance(example, ChatExample)]
 
 
 def _describe_source(source: str, rows: int | None) -> dict[str, Any]:

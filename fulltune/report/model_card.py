@@ -11,6 +11,7 @@ from fulltune.tracking import format_bytes, format_duration, format_number, name
 
 _TAGS = {
     "chat": ["text-generation", "conversational"],
+    "preference": ["text-generation", "conversational", "dpo"],
     "text": ["text-generation"],
     "classification": ["text-classification"],
     "multi_label": ["text-classification", "multi-label"],
@@ -28,6 +29,7 @@ _HUB_LICENCES = frozenset(
 
 _LIMITS = {
     "chat": "it may state falsehoods fluently and has had no safety evaluation",
+    "preference": "it may state falsehoods fluently and has had no safety evaluation",
     "text": "it continues text in the manner of its data, true or not, and follows no instructions",
     "classification": "it gives one of its labels to any text, also to text unlike its data",
     "multi_label": "it knows no other labels than those of its data",
