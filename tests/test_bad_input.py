@@ -583,7 +583,7 @@ def test_an_encoder_neither_chats_nor_generates(
     assert "an encoder without a trained head" in refuse("chat", tiny_bert)
     write_settings(workplace, tiny_bert, chat_file, "chat")
     said = refuse("finetune", "config.yaml")
-    assert "task.kind: classification" in said
+    assert "it can do `classification`" in said
 
 
 def test_a_model_without_a_chat_template_is_told_of_chatml(

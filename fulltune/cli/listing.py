@@ -112,15 +112,24 @@ def models(as_json: Json = False) -> None:
             }
         )  # fmt: skip
         return
-    others = (", ".join(kinds_of(GPT)), "causal_lm", "no")
-    print_table(
-        "Families",
-        ("tasks of `finetune`", "objectives of `pretrain`", "packs", "model types of transformers"),
+    rows = sorted(families.items())
+    rows.append(
+        (
+            (", ".join(kinds_of(GPT)), "causal_lm", False),
+            ["every other decoder with a language model head"],
+        )
+    )
+    print_entries(
+        "Families: what they are pre-trained on and fine-tuned for, and the types of transformers",
         [
-            (tasks, objectives, "yes" if packs else "no", ", ".join(names))
-            for (tasks, objectives, packs), names in sorted(families.items())
-        ]
-        + [(*others, "every other decoder with a language model head")],
+            (
+                objectives,
+                "packed without padding" if packs else "padded batches of like lengths",
+                f"finetune: {tasks}",
+                ", ".join(names),
+            )
+            for (tasks, objectives, packs), names in rows
+        ],
     )
     typer.echo()
     _print_table_of_sizes()

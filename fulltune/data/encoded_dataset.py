@@ -52,7 +52,15 @@ _OPEN_SHARDS = 256
 _COMPLETE = "complete.json"
 
 # Settings of a task that what is encoded does not depend on.
-NOT_OF_ENCODING = {"train", "validation", "deduplicate", "labels", "loss", "class_weights", "beta"}
+NOT_OF_ENCODING = {
+    "train",
+    "validation",
+    "deduplicate",
+    "labels",
+    "loss",
+    "class_weights",
+    "dpo_beta",
+}
 
 Encode: TypeAlias = Callable[[Example], Sequence[EncodedExample]]
 

@@ -147,7 +147,7 @@ TASKS: dict[TaskKind, Task] = {
         optional_fields=("prompt",),
         metrics=("loss", "preference_accuracy", "margin"),
         supervision="tokens",
-        settings=("too_long", "template", "special_tokens", "beta"),
+        settings=("too_long", "template", "special_tokens", "dpo_beta"),
         answers=True,
         becomes="chat",
     ),
@@ -186,7 +186,7 @@ TASKS: dict[TaskKind, Task] = {
 
 SETTINGS_OF_SOME = (
     *("labels", "too_long", "template", "special_tokens", "loss", "class_weights"),
-    "beta",
+    "dpo_beta",
 )
 """Settings of a task that have an effect on some kinds only; `Task.settings` says on which."""
 
@@ -229,7 +229,7 @@ class TaskConfig(Settings):
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What happens to an example longer than `max_length`. Documents of `text` are always cut into
     windows instead, losing nothing."""
-    beta: Annotated[float, Field(gt=0)] = 0.1
+    dpo_beta: Annotated[float, Field(gt=0)] = 0.1
     """Preference: how dear it is to move away from the model that training began with."""
     template: str | None = None
     """Chat: a Jinja file, or `chatml`, for a model without a chat template; null uses its own.

@@ -183,7 +183,7 @@ def make_objective(
         labels=tuple(task.labels or ()),
         too_long=task.too_long,
         loss=task.loss,
-        beta=task.beta,
+        beta=task.dpo_beta,
         special_tokens=task.special_tokens,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
