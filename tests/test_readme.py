@@ -27,6 +27,14 @@ SHORT = [
     "evaluate.num_samples=1",
 ]
 SHORT_TASK = {"configs/trec-minilm.yaml": SHORT[:3], "configs/smollm2-chat.yaml": SHORT}
+SHORT_COMPARISON = [
+    "finetune.duration=2 steps",
+    "finetune.task.validation=8 examples",
+    "methods=[all, lora 2]",
+    "rates=[1e-4]",
+    "seeds=1",
+    "test=8 examples",
+]
 SHORT_PRETRAINING = ["duration=2 steps", "batch=8 examples", "task.validation=2%"]
 
 
@@ -41,6 +49,8 @@ def shown_commands() -> list[list[str]]:
 def shortened(command: list[str]) -> list[str]:
     if command[1] == "pretrain":
         return [*command, *SHORT_PRETRAINING]
+    if command[1] == "compare":
+        return [*command, *SHORT_COMPARISON]
     if command[1] not in ("finetune", "preview"):
         return command
     file = next(word for word in command if word.endswith(".yaml"))

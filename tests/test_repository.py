@@ -19,7 +19,7 @@ import yaml
 
 import fulltune
 from fulltune.config import build_config, load_config
-from fulltune.recipes import chain, finetune, pretrain, preview
+from fulltune.recipes import chain, compare, finetune, pretrain, preview
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md")]
@@ -110,6 +110,8 @@ def tracked_files() -> list[Path]:
 def load_settings(verb: str, path: Path, overrides: list[str]) -> None:
     if verb == "chain":
         chain.load(path)
+    elif verb == "compare":
+        compare.load(path, overrides)
     elif verb == "preview":
         preview.read_config(path, overrides)
     else:

@@ -171,7 +171,7 @@ class Preference(CausalLM):
         )
 
     def _margins(self, log_probabilities_P2: Tensor, batch: Batch) -> Tensor:
-        gains_P2 = log_probabilities_P2 - batch["reference"]
+        gains_P2: Tensor = log_probabilities_P2 - batch["reference"]
         return self.beta * (gains_P2[:, CHOSEN] - gains_P2[:, REJECTED])
 
     def _losses_of(self, margins_P: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ SEED = 0
 """Of the choice; all runs of a comparison share one test split."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Rows:
     """The rows as `split_dataset` takes them."""
 

@@ -180,7 +180,8 @@ def test_resume_refuses_the_predictions_of_other_rows(
 def test_a_row_that_cannot_be_read_leaves_the_rows_before_it_and_resume_goes_on(
     classifier: str, classification_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "ROWS_CLASSIFIED", 10)
+    predictor = dataclasses.replace(PREDICTORS["classification"], rows=10)
+    monkeypatch.setitem(PREDICTORS, "classification", predictor)
     monkeypatch.setattr(predict, "ROWS_LOOKED_AT", 10)
     lines = classification_file.read_text(encoding="utf-8").splitlines(keepends=True)
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
