@@ -69,8 +69,8 @@ def write(comparison: Comparison, config: Config, folder: Path) -> Path:
     metric = name_of(comparison.metric)
     lead = (
         f"{config.finetune['model']}, {config.finetune.get('duration', 'default duration')}. Each "
-        f"method chose one of {len(config.rates)} rates by the validation split and then ran with "
-        f"{config.seeds} seeds; the table shows the mean of {metric} on the test split, which no "
+        f"method chose its rate by the validation split, of {len(config.rates)} tried, and then ran "
+        f"with {config.seeds} seed{'s' if config.seeds > 1 else ''}; the table shows the mean of {metric} on the test split, which no "
         "choice looked at, with the 95 % interval of Student's t over the seeds. "
         + ". ".join(findings(comparison))
     )
