@@ -67,10 +67,11 @@ def write(comparison: Comparison, config: Config, folder: Path) -> Path:
         for run in comparison.runs
     ]
     metric = name_of(comparison.metric)
+    seeds = f"{config.seeds} seed{'s' if config.seeds > 1 else ''}"
     lead = (
         f"{config.finetune['model']}, {config.finetune.get('duration', 'default duration')}. Each "
-        f"method chose its rate by the validation split, of {len(config.rates)} tried, and then ran "
-        f"with {config.seeds} seed{'s' if config.seeds > 1 else ''}; the table shows the mean of {metric} on the test split, which no "
+        f"method chose its rate by the validation split, of {len(config.rates)} tried, and then "
+        f"ran with {seeds}; the table shows the mean of {metric} on the test split, which no "
         "choice looked at, with the 95 % interval of Student's t over the seeds. "
         + ". ".join(findings(comparison))
     )
