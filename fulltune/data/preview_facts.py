@@ -142,7 +142,7 @@ class ArrangedFacts(_Facts):
     num_predicted: int
     """Predicted tokens of these."""
     predicted_share: float
-    """In all tokens of these."""
+    """In all tokens of these; with fill-in-the-middle, those that it adds are among them."""
 
 
 class PreviewFacts(_Facts):

@@ -38,7 +38,7 @@ class TokenStream:
             what noise adds to them fits. Windows then differ a little in length.
 
     Attributes:
-        lengths: int32, tokens of each window with its room.
+        lengths: int32, tokens of each window without its room, which noise may leave free.
         fingerprint: hash of all that decides the windows.
 
     Raises:
@@ -84,14 +84,8 @@ class TokenStream:
         self._starts: Int64Array = np.zeros(len(order) + 1, dtype=np.int64)
         np.cumsum(documents.lengths[order].astype(np.int64) + ends, out=self._starts[1:])
         self._bounds: Int64Array = _cut(self._starts, window_tokens, room)
-        lengths = num_tokens = np.diff(self._bounds)
-        if room:
-            first, last = (
-                np.searchsorted(self._starts, places, side="right")
-                for places in (self._bounds[:-1], self._bounds[1:] - 1)
-            )
-            lengths = num_tokens + room * (last - first + 1)
-        if len(lengths) and num_tokens[-1] < 2:
+        lengths = np.diff(self._bounds)
+        if len(lengths) and lengths[-1] < 2:
             lengths = lengths[:-1]
         self.lengths: Int32Array = lengths.astype(np.int32)
         if not len(self.lengths):

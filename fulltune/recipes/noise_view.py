@@ -46,6 +46,9 @@ def count_examples(prepared: Prepared, seed: int) -> tuple[ArrangedFacts, ...]:
         examples = [_example(prepared, int(index), drawn) for index in np.sort(chosen)]
         predicted = sum(objective.num_targets(objective.collate([each])) for each in examples)
         lengths = prepared.dataset.lengths[indices]
+        num_read = int(prepared.dataset.lengths[chosen].sum())
+        if isinstance(objective, CausalStream):  # what fill-in-the-middle adds is predicted too
+            num_read = sum(len(objective.rearranged(each)["input_ids"]) for each in examples)
         counted.append(
             ArrangedFacts(
                 name=name,
@@ -54,7 +57,7 @@ def count_examples(prepared: Prepared, seed: int) -> tuple[ArrangedFacts, ...]:
                 longest=int(lengths.max()),
                 num_counted=len(examples),
                 num_predicted=predicted,
-                predicted_share=predicted / int(prepared.dataset.lengths[chosen].sum()),
+                predicted_share=predicted / num_read,
             )
         )
     return tuple(counted)

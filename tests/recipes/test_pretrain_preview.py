@@ -24,7 +24,8 @@ from fulltune.objectives.causal_stream import CausalStream
 from fulltune.objectives.fill_in_the_middle import fim_ids
 from fulltune.objectives.noise import noise_seed
 from fulltune.recipes import finetune, pretrain, preview
-from fulltune.recipes.noise_view import NoisyObjective, show
+from fulltune.recipes.noise_view import NoisyObjective, count_examples, show
+from fulltune.tracking import read_metrics
 
 TEXTS = [
     f"Day {day}. The river runs past mill number {day}. 她在河边看书。It rains on the water."
@@ -164,6 +165,30 @@ def test_documents_are_shown_as_fill_in_the_middle_writes_them_and_held_out_ones
     assert [prepared.dataset[index]["input_ids"] for index in prepared.validation.tolist()] == [
         other.dataset[index]["input_ids"] for index in other.validation.tolist()
     ]
+
+
+def test_a_batch_of_tokens_is_as_many_tokens_of_text_with_fill_in_the_middle_as_without(
+    tmp_path: Path, tokenizers: Path
+) -> None:
+    objective = {"stream": True, "fim_rate": 0.5}
+    path = write_config(tmp_path, tokenizers, "gpt", objective)
+    config = preview.read_config(path, ["batch=256 tokens", "duration=3 steps", "precision=fp32"])
+    assert isinstance(config, pretrain.Config)
+    _, made = pretrain.open_start(config, with_weights=False)
+    prepared = pretrain.prepare(config, made, lambda done: None)
+    text = [len(prepared.dataset[index]["input_ids"]) for index in prepared.train.tolist()]
+    assert prepared.dataset.lengths[prepared.train].tolist() == text
+    for split in count_examples(prepared, config.seed):
+        # All but the first token of a window, the sentinels of a document among them.
+        assert split.predicted_share == pytest.approx(1 - 1 / 64, abs=0.01)
+    pretrain.run(config)
+    steps = [
+        each for each in read_metrics(tmp_path / "run/metrics.jsonl") if each["event"] == "step"
+    ]
+    assert len(steps) == 3
+    for step in steps:
+        assert 256 - 64 < step["num_tokens"] <= 256
+        assert step["num_targets"] > 0
 
 
 def test_held_out_tokens_are_counted_as_an_evaluation_hides_them(
