@@ -27,6 +27,11 @@ def near_names(name: str, names: Iterable[str], count: int = 1) -> list[str]:
     return difflib.get_close_matches(name, list(names), n=count, cutoff=LIKENESS)
 
 
+def listed(names: Iterable[str]) -> str:
+    """Names in code quotes with commas, for messages; `none` where there is none."""
+    return ", ".join(f"`{name}`" for name in names) or "none"
+
+
 def near_paths(path: Path, pattern: str = "*", count: int = 1) -> list[Path]:
     """The entries of the folder of a missing path whose names are like its own, endings aside."""
     folder = path.parent

@@ -23,6 +23,12 @@ UNREADABLE = "\0unreadable"
 
 _ESCAPED = re.compile("[\udc80-\udcff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_JSON_HALF = re.compile(
+    r"(\\\\|\\u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2})"
+    r"|\\u[dD][cC][89a-fA-F][\da-fA-F]"
+)
+"""An escaped backslash or a whole character (group 1), or the half of one that would be read like a
+byte that is not UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,16 @@ def _only_escaped(text: str) -> bool:
 def has_escaped_bytes(text: str) -> bool:
     """Whether a text was read from bytes that are not UTF-8."""
     return not text.isascii() and _ESCAPED.search(text) is not None
+
+
+def with_distinct_halves(text: str) -> str:
+    """JSON whose escaped halves of characters are read as others than bytes that are not UTF-8.
+
+    The text keeps its length.
+    """
+    if "\\ud" not in text and "\\uD" not in text:
+        return text
+    return _JSON_HALF.sub(lambda found: found[1] or r"\udc00", text)
 
 
 def is_binary_row(text: str) -> bool:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fulltune.data.rows import Row, listed, type_name
+from fulltune.data.rows import Row, type_name
 from fulltune.data.tasks import Message, Role
-from fulltune.errors import DataError, near_names
+from fulltune.errors import DataError, listed, near_names
 
 _OPENAI_ROLES: dict[str, Role] = {
     "system": "system",

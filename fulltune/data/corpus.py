@@ -25,7 +25,6 @@ from fulltune.data.binary import (
     FileCount,
     check_files,
     find_binary,
-    has_escaped_bytes,
     num_bytes_of,
 )
 from fulltune.data.cleaning import (
@@ -47,7 +46,7 @@ from fulltune.data.ngrams import EvaluationNgrams, fold, hash_tokens, tokens_of
 from fulltune.data.plain_text import LIMIT_HINT
 from fulltune.data.processes import work_in_order
 from fulltune.data.records import Record, read_records
-from fulltune.errors import DataError
+from fulltune.errors import DataError, listed
 
 CHUNK_CHARACTERS = 2**21
 CHUNK_DOCUMENTS = 4096
@@ -284,14 +283,14 @@ def _unreadable(record: Record, column: str) -> str | None:
     """All of a row that is no text and has no such column; None of any other row."""
     if UNREADABLE in record.fields:
         return str(record.fields[UNREADABLE])
-    if column not in record.fields and has_escaped_bytes("".join(record.fields)):
+    if column not in record.fields and find_binary("".join(record.fields), "") is not None:
         return " ".join(map(str, (*record.fields, *record.fields.values())))
     return None
 
 
 def _text_of(record: Record, column: str, longest: int) -> str:
     if column not in record.fields:
-        found = ", ".join(f"`{name}`" for name in record.fields) or "none"
+        found = listed(record.fields)
         raise DataError(
             f"{record.where}: there is no column `{column}`",
             hint=f"the columns are {found}; name the one with the text, `columns={{text: NAME}}`",

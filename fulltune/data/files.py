@@ -18,7 +18,7 @@ from fulltune.data.binary import ESCAPE_BYTES, UNREADABLE, has_escaped_bytes, is
 from fulltune.data.json_rows import parse_json, parse_json_lines
 from fulltune.data.plain_text import bounded_lines, split_documents, whole_text
 from fulltune.data.utf8 import bad_encoding
-from fulltune.errors import DataError
+from fulltune.errors import DataError, listed
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _READ_BYTES = 2**20
@@ -103,11 +103,6 @@ def known_suffixes() -> str:
     return f"{', '.join(_READERS)}, each also with {' or '.join(_COMPRESSIONS)} behind it"
 
 
-def listed(names: Iterable[str]) -> str:
-    """Names in a row, for messages."""
-    return ", ".join(f"`{name}`" for name in names)
-
-
 def read_file(file: DataFile, reading: TextReading) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a file with the line of each, or its number in files that have no lines.
 
@@ -168,7 +163,7 @@ def _read_jsonl(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_json(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open_text() as stream:
-        yield from parse_json(stream, file.name)
+        yield from parse_json(stream, file.name, keep_binary=file.keep_binary)
 
 
 def _read_csv(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:

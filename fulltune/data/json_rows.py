@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
-from fulltune.data.binary import ESCAPE_BYTES, UNREADABLE, is_binary_row
+from fulltune.data.binary import ESCAPE_BYTES, UNREADABLE, is_binary_row, with_distinct_halves
 from fulltune.data.utf8 import bad_line
 from fulltune.errors import DataError
 
@@ -35,7 +35,9 @@ def parse_json_lines(
         if not text.strip():
             continue
         try:
-            value = json.loads(text.rstrip())
+            value = json.loads(
+                with_distinct_halves(text.rstrip()) if keep_binary else text.rstrip()
+            )
         except (ValueError, RecursionError) as error:
             if keep_binary and is_binary_row(text):
                 yield number, {UNREADABLE: text}
@@ -72,9 +74,10 @@ def _checked_object(value: Any, where: str) -> dict[str, Any]:
 class _JsonText:
     """A long JSON text, of which only the value being read is in memory."""
 
-    def __init__(self, stream: IO[str], name: str) -> None:
+    def __init__(self, stream: IO[str], name: str, *, keep_binary: bool) -> None:
         self._stream = stream
         self._name = name
+        self._keep_binary = keep_binary
         self._buffer = ""
         self._position = 0
         self._lines_before = 1
@@ -134,17 +137,28 @@ class _JsonText:
             else:
                 if end == len(self._buffer) and self._fill():
                     continue  # a number may go on
+                if self._keep_binary:
+                    written = self._buffer[self._position : end]
+                    distinct = with_distinct_halves(written)
+                    value = value if distinct == written else self._decoder.decode(distinct)
                 self._position = end
                 return value
 
 
-def parse_json(stream: IO[str], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def parse_json(
+    stream: IO[str], name: str, *, keep_binary: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a JSON file, a list or ``{"data": [...]}``, with the line each begins at.
+
+    Args:
+        stream: the text.
+        name: the file, for messages.
+        keep_binary: whether the bytes of rows that are no text are escaped in it.
 
     Raises:
         DataError: it is neither, or a row is no object.
     """
-    text = _JsonText(stream, name)
+    text = _JsonText(stream, name, keep_binary=keep_binary)
     if not text.peek():
         return
     if text.take("[", "{") == "[":

@@ -22,14 +22,13 @@ from fulltune.data.files import (
     DataFile,
     TextReading,
     known_suffixes,
-    listed,
     read_file,
     recognise_file,
     row_lines,
     unreadable,
 )
 from fulltune.data.json_rows import parse_json_lines
-from fulltune.errors import DataError, MissingExtraError, near_paths
+from fulltune.errors import DataError, MissingExtraError, listed, near_paths
 
 STANDARD_INPUT = "-"
 ASSET_PREFIX = "asset:"

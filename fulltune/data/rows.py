@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fulltune.data.records import Record
-from fulltune.errors import DataError, near_names
+from fulltune.errors import DataError, listed, near_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,3 @@ def missing_column(record: Record, column: str, *, fields: Sequence[str] = ()) -
         f"{record.where}: no column `{column}`; there are {listed(record.fields)}",
         hint=hint.strip() or "correct `task.columns`, or drop the row",
     )
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names in code quotes, with commas."""
-    return ", ".join(f"`{name}`" for name in names) or "none"

@@ -288,6 +288,24 @@ def test_documents_that_are_no_text_are_left_out_and_counted(
         corpus.run(make_config(output="strict", binary="error"))
 
 
+@pytest.mark.parametrize("name", ["raw.jsonl", "raw.json"])
+def test_half_an_emoji_is_told_from_a_byte_that_is_not_utf8(name: str) -> None:
+    texts = make_texts(20)
+    # The second halves of most characters look like escaped bytes once they are read.
+    bad = [r"the second half: \udca9", r"a backslash before it: \\\udca9", "caf\xe9 and \\ude00"]
+    good = [r"whole: \ud83d\udca9", r"its name: \\udca9"]
+    rows = [json.dumps({"text": text}) for text in texts]
+    rows += [f'{{"text": "{text}"}}' for text in (*good, *bad)]
+    content = "\n".join(rows) if name == "raw.jsonl" else f"[{','.join(rows)}]"
+    Path(name).write_bytes(content.encode("latin-1"))
+    manifest = corpus.run(make_config(sources=name)).manifest
+    assert manifest["stages"][0]["reasons"] == {"half a character": 2, "not UTF-8": 1}
+    kept = [
+        row.fields["text"] for side in manifest["splits"] for row in read_records(f"out/{side}")
+    ]
+    assert sorted(kept) == sorted([*texts, "whole: \N{PILE OF POO}", r"its name: \udca9"])
+
+
 @pytest.mark.parametrize("name", ["raw.csv", "raw.tsv", "raw.txt", "raw.parquet", "raw.arrow"])
 def test_a_row_that_is_no_text_is_left_out_of_every_format(name: str) -> None:
     texts = make_texts(20)
