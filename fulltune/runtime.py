@@ -60,6 +60,18 @@ def is_main_process() -> bool:
 
 
 def start_runtime(device: str = "auto") -> Runtime:
+    """`join_ranks`, and on a CPU `keep_freed_memory`: what a process that trains begins with.
+
+    Raises:
+        ConfigError: a device was asked for that is not there, or one GPU for several ranks.
+    """
+    runtime = join_ranks(device)
+    if runtime.device.type == "cpu":
+        keep_freed_memory()
+    return runtime
+
+
+def join_ranks(device: str = "auto") -> Runtime:
     """Choose the device and, under `torchrun`, join the other ranks.
 
     Raises:
@@ -76,8 +88,6 @@ def start_runtime(device: str = "auto") -> Runtime:
             hint="write `device: cuda`: each rank takes the GPU of its own number",
         )
     chosen = choose_device(device, local_rank)
-    if chosen.type == "cpu":
-        keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)

@@ -14,6 +14,7 @@ from fulltune.cli.printing import print_answers, print_json, print_table
 if TYPE_CHECKING:
     from fulltune.config import Settings
     from fulltune.recipes import finetune as finetune_recipe
+    from fulltune.recipes.chain import StepResult
 
 
 DryRun = Annotated[
@@ -112,33 +113,41 @@ def chain(
 ) -> None:
     """Take several steps from one file: corpus, tokenizer, pretrain, finetune, evaluate."""
     from fulltune.recipes import chain as recipe
-    from fulltune.tracking import format_number, name_of
+    from fulltune.runtime import is_main_process
 
     steps = recipe.load(file)
     if dry_run:
         recipe.check(steps, resume=resume)
-        _print_steps(str(file), steps, as_json=as_json)
+        if is_main_process():
+            _print_steps(str(file), steps, as_json=as_json)
         return
     results = recipe.run(steps, resume=resume, say=lambda line: typer.echo(line, err=True))
-    if as_json:
-        print_json([vars(result) for result in results])
-    else:
-        print_table(
-            str(file),
-            ("step", "result", "measured"),
-            [
-                (
-                    result.verb + (" (was done)" if result.done_before else ""), result.result,
-                    ", ".join(
-                        f"{name_of(name)} {format_number(value)}"
-                        for name, value in result.metrics.items()
-                    ),
-                )
-                for result in results
-            ],
-        )  # fmt: skip
+    if is_main_process():
+        _print_results(str(file), results, as_json=as_json)
     if len(results) < len(steps):
         raise typer.Exit(130)
+
+
+def _print_results(title: str, results: Sequence[StepResult], *, as_json: bool) -> None:
+    from fulltune.tracking import format_number, name_of
+
+    if as_json:
+        print_json([vars(result) for result in results])
+        return
+    print_table(
+        title,
+        ("step", "result", "measured"),
+        [
+            (
+                result.verb + (" (was done)" if result.done_before else ""), result.result,
+                ", ".join(
+                    f"{name_of(name)} {format_number(value)}"
+                    for name, value in result.metrics.items()
+                ),
+            )
+            for result in results
+        ],
+    )  # fmt: skip
 
 
 def _print_steps(title: str, steps: Sequence[Settings], *, as_json: bool) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fulltune.data.records import Record
-from fulltune.errors import DataError, listed, near_names
+from fulltune.errors import DataError, near_names
+from fulltune.errors import listed as listed
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from fulltune.errors import ConfigError
 from fulltune.recipes import corpus, evaluate, finetune, pretrain, settings_files, tokenizer
 from fulltune.recipes.chain_checks import check, naming
 from fulltune.recipes.chain_steps import KINDS, EvaluateStep, TokenizerStep, kind_of
+from fulltune.runtime import Runtime, join_ranks
+from fulltune.train.ranks import from_main_rank, on_all_ranks, on_main_rank, patient_group
 from fulltune.train.run_folder import has_run
 
 __all__ = ["StepResult", "check", "load", "run"]
@@ -75,6 +78,9 @@ def run(
 ) -> list[StepResult]:
     """Check all steps, then take them in their order.
 
+    Under `torchrun` all ranks train; what is no training the first rank does, while the others
+    wait, and all get its results.
+
     Args:
         steps: the settings of each, of the classes in `KINDS`.
         resume: pass over those that are finished.
@@ -86,35 +92,57 @@ def run(
     Raises:
         FulltuneError: of the step that failed; what the steps before it made stays.
     """
-    check(steps, resume=resume)
+    runtime = _join_ranks(steps)
+    # On all before the first step begins on one: it makes a folder, which must not be there yet.
+    on_all_ranks(runtime, lambda: check(steps, resume=resume))
+    waiting = patient_group(runtime)
     results: list[StepResult] = []
     for number, step in enumerate(steps, start=1):
         verb = kind_of(step)
-        say(f"step {number} of {len(steps)}: {verb}")
+        if runtime.is_main:
+            say(f"step {number} of {len(steps)}: {verb}")
         with naming(number, verb):
-            result = _take(step, verb, resume=resume)
+            if isinstance(step, finetune.Config):
+                result = _train(step, verb, resume=resume)
+            else:
+                made = on_main_rank(
+                    runtime, partial(_take_alone, step, resume=resume), group=waiting
+                )
+                result = from_main_rank(runtime, made)
         if result is None:
             break
         results.append(result)
     return results
 
 
-def _take(step: Settings, verb: str, *, resume: bool) -> StepResult | None:
+def _join_ranks(steps: Sequence[Settings]) -> Runtime:
+    """The ranks of all steps, joined as the first that trains needs it."""
+    for number, step in enumerate(steps, start=1):
+        if isinstance(step, finetune.Config):
+            with naming(number, kind_of(step)):
+                return join_ranks(step.device)
+    return join_ranks("cpu")
+
+
+def _train(step: finetune.Config, verb: str, *, resume: bool) -> StepResult | None:
     """None where the step was interrupted."""
-    if isinstance(step, corpus.Config):
-        return _prepare_corpus(step, resume=resume)
-    if isinstance(step, TokenizerStep):
-        return _train_tokenizer(step, resume=resume)
-    if isinstance(step, EvaluateStep):
-        report = evaluate.run(step.model, data=step.data, columns=step.columns or None)
-        return StepResult(verb, step.model, report.metrics)
-    assert isinstance(step, finetune.Config)
     again = resume and has_run(Path(step.run_dir))
     recipe = pretrain if isinstance(step, pretrain.Config) else finetune
     ended = recipe.run(step, resume=again)
     if ended.ending == "interrupted":
         return None
     return StepResult(verb, str(ended.run_dir), ended.metrics, ended.already_finished)
+
+
+def _take_alone(step: Settings, *, resume: bool) -> StepResult:
+    """A step without training, which one process takes."""
+    if isinstance(step, corpus.Config):
+        return _prepare_corpus(step, resume=resume)
+    if isinstance(step, TokenizerStep):
+        return _train_tokenizer(step, resume=resume)
+    assert isinstance(step, EvaluateStep)
+    report = evaluate.run(step.model, data=step.data, columns=step.columns or None)
+    return StepResult("evaluate", step.model, report.metrics)
 
 
 def _prepare_corpus(step: corpus.Config, *, resume: bool) -> StepResult:

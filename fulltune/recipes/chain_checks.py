@@ -23,6 +23,7 @@ from fulltune.errors import ConfigError, FulltuneError, ModelError, near_names
 from fulltune.models.presets import is_new_model
 from fulltune.models.sources import check_model_source, is_hub_name
 from fulltune.recipes import corpus, finetune, pretrain
+from fulltune.recipes.chain_settings import in_settings
 from fulltune.recipes.chain_steps import (
     KINDS,
     EvaluateStep,
@@ -67,12 +68,25 @@ class Folder:
 
 @contextmanager
 def naming(number: int, verb: str) -> Generator[None]:
-    """Errors say in which step they are."""
+    """Errors say in which step they are, and name its settings where a verb has options."""
+    has_task = "task" in KINDS[verb].settings.model_fields
+    try:
+        with placed(f"step {number}, {verb}"):
+            yield
+    except FulltuneError as error:
+        error.args = (in_settings(str(error), has_task=has_task),)
+        error.hint = error.hint and in_settings(error.hint, has_task=has_task)
+        raise
+
+
+@contextmanager
+def placed(where: str) -> Generator[None]:
+    """Errors begin with where they are."""
     try:
         yield
     except FulltuneError as error:
         # The same error: it may know more than its message, such as the rows of a loss.
-        error.args = (f"step {number}, {verb}: {error}",)
+        error.args = (f"{where}: {error}",)
         raise
 
 
@@ -234,23 +248,34 @@ def _check_place(source: StepSource, maker: Folder) -> None:
 
 def _check_there(source: StepSource, earlier: Sequence[Folder]) -> None:
     """That a source which no step makes is there, or could be fetched."""
-    value = source.value
     try:
-        if source.wanted == "corpus":
-            check_source(value)
-        elif is_new_model(value) and source.setting == "model":
-            pass  # the check of the model looks for it
-        elif source.wanted == "tokenizer" and not value.startswith(ASSET_PREFIX):
-            pretrain.tokenizer_folder(value)
-        else:
-            _refuse_missing_path(value, earlier)
-            check_model_source(value)
+        with placed(f"`{source.setting}`"):
+            _look_for(source, earlier)
     except FulltuneError as error:
         names = {folder.named: folder for folder in earlier if folder.made in TAKEN[source.wanted]}
-        near = near_names(value, names)
+        near = near_names(source.value, names)
         if near:
             error.hint = f"did you mean `{near[0]}`, which {names[near[0]]} makes?"
-        raise type(error)(f"`{source.setting}`: {error}", hint=error.hint) from None
+        raise
+
+
+def _look_for(source: StepSource, earlier: Sequence[Folder]) -> None:
+    value = source.value
+    if source.wanted == "corpus":
+        check_source(value)
+    elif source.wanted == "tokenizer" and not value.startswith(ASSET_PREFIX):
+        pretrain.tokenizer_folder(value)
+    elif is_new_model(value) and source.may_be_new:
+        pass  # the check of the model looks for it
+    else:
+        # A folder of that name is a trained model.
+        if is_new_model(value) and not Path(value).is_dir():
+            raise ConfigError(
+                f"`{value}` is the size of a new model, and not a trained one",
+                hint=_possible("model", earlier),
+            )
+        _refuse_missing_path(value, earlier)
+        check_model_source(value)
 
 
 def _refuse_missing_path(value: str, earlier: Sequence[Folder]) -> None:

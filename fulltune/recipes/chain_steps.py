@@ -58,6 +58,8 @@ class StepSource:
     setting: str
     value: str
     wanted: Made
+    may_be_new: bool = False
+    """Whether the size of a new model may stand for a model."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def _sources_of_run(step: finetune.Config) -> list[StepSource]:
         sources.append(StepSource("evaluate.retention", step.evaluate.retention, "corpus"))
     if isinstance(step, pretrain.Config) and step.tokenizer is not None:
         sources.append(StepSource("tokenizer", step.tokenizer, "tokenizer"))
-    return [StepSource("model", step.model, "model"), *sources]
+    may_be_new = isinstance(step, pretrain.Config)
+    return [StepSource("model", step.model, "model", may_be_new), *sources]
 
 
 def _sources_of_evaluation(step: EvaluateStep) -> list[StepSource]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -21,10 +22,27 @@ class OtherRankError(FulltuneError):
         self.exit_code = exit_code
 
 
-def on_all_ranks(runtime: Runtime, action: Callable[[], T]) -> T:
+def patient_group(runtime: Runtime) -> dist.ProcessGroup | None:
+    """A group of all ranks that wait for each other for days and not for half an hour.
+
+    Every rank must ask for it at the same place.
+    """
+    if runtime.world_size == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+
+
+def on_all_ranks(
+    runtime: Runtime, action: Callable[[], T], *, group: dist.ProcessGroup | None = None
+) -> T:
     """Do something on every rank that may fail on one; where it does, every rank fails.
 
     No rank goes on before all have done it. ``action`` must not itself wait for other ranks.
+
+    Args:
+        runtime: the ranks.
+        action: what to do.
+        group: through which the ranks wait; None is the one they train through.
 
     Raises:
         OtherRankError: ``action`` failed on another rank; that one raises its own error.
@@ -42,7 +60,7 @@ def on_all_ranks(runtime: Runtime, action: Callable[[], T]) -> T:
         raise
     finally:
         failures: list[tuple[str, str | None, int] | None] = [None] * runtime.world_size
-        dist.all_gather_object(failures, failure)
+        dist.all_gather_object(failures, failure, group=group)
         first = next((found for found in failures if found is not None), None)
         if failure is None and first is not None:
             message, hint, exit_code = first
@@ -50,9 +68,11 @@ def on_all_ranks(runtime: Runtime, action: Callable[[], T]) -> T:
     return result
 
 
-def on_main_rank(runtime: Runtime, action: Callable[[], T]) -> T | None:
+def on_main_rank(
+    runtime: Runtime, action: Callable[[], T], *, group: dist.ProcessGroup | None = None
+) -> T | None:
     """Do something on the first rank only, while the others wait; they get None."""
-    return on_all_ranks(runtime, lambda: action() if runtime.is_main else None)
+    return on_all_ranks(runtime, lambda: action() if runtime.is_main else None, group=group)
 
 
 def from_main_rank(runtime: Runtime, value: T) -> T:
