@@ -151,6 +151,15 @@ def load_config(settings: type[S], path: Path | None, overrides: Sequence[str] =
         ConfigError: the file cannot be read, a key is unknown, or a value is not possible; the
             message names the key, the nearest valid one, and what is possible.
     """
+    return build_config(settings, read_values(path, overrides))
+
+
+def read_values(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a settings file and then of the overrides, before they are checked.
+
+    Raises:
+        ConfigError: as `read_yaml`, or an override is none.
+    """
     values = read_yaml(path) if path else {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -171,7 +180,7 @@ def load_config(settings: type[S], path: Path | None, overrides: Sequence[str] =
             section[leaf] = yaml.safe_load(text)
         except yaml.YAMLError:
             section[leaf] = text
-    return build_config(settings, values)
+    return values
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -214,6 +214,23 @@ def test_the_size_of_a_new_model_is_not_looked_for_by_finetune(say: Say, tmp_pat
     assert "is a file for `fulltune pretrain`: it has the size of a new model" in errors
 
 
+def test_the_verb_of_a_file_is_that_of_its_settings_after_those_of_the_command_line(
+    say: Say, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(FILES["finetune"].replace("chat", "text"), encoding="utf-8")
+    code, _, errors = say("finetune", path, "model=bert-tiny", "duration=2 steps")
+    error, hint = errors.splitlines()
+    assert code == 2
+    assert "is a file for `fulltune pretrain`: it has the size of a new model" in error
+    assert hint == f"hint: run `fulltune pretrain {path} model=bert-tiny 'duration=2 steps'`"
+    _, _, errors = say("preview", path, "model=bert-tiny")
+    assert "`model: bert-tiny` is new and has no tokenizer" in errors
+    path.write_text(FILES["pretrain"].replace("runs/mine", "bert-tiny"), encoding="utf-8")
+    _, _, errors = say("pretrain", path, "model=runs/mine")
+    assert "is a file for" not in errors
+
+
 def test_an_answer_is_shown_under_all_turns_of_its_prompt(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -278,25 +295,29 @@ def test_a_dry_run_prints_settings_that_load_back(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_plans_what_the_run_then_does(
-    say: Say, settings_file: Path, tmp_path: Path
-) -> None:
-    code, output, _ = say("finetune", settings_file, "--dry-run", "--json", "scope=head")
-    assert code == 0
-    plan = json.loads(output)["plan"]
-    assert not (tmp_path / "run").exists()
-    _, output, _ = say("finetune", settings_file, "--dry-run", "scope=head")
-    comments = [line for line in output.splitlines() if line.startswith("# ")]
-    code, _, errors = say("finetune", settings_file, "scope=head")
+def run_as_planned(say: Say, verb: str, file: Path, run_dir: Path, *settings: str) -> str:
+    """Plan a run, take it, and see that it is as planned; what the plan printed."""
+    code, printed, errors = say(verb, file, "--dry-run", *settings)
     assert code == 0, errors
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    plan = json.loads(say(verb, file, "--dry-run", "--json", *settings)[1])["plan"]
+    assert not run_dir.exists()
+    comments = [line for line in printed.splitlines() if line.startswith("# ")]
+    code, _, errors = say(verb, file, *settings)
+    assert code == 0, errors
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     start = json.loads(lines[0])
     for name in ("num_parameters", "num_trained_parameters", "num_steps", "micro_batch_tokens"):
         assert plan[name] == start[name], name
         assert any(f"{plan[name]:,}" in line for line in comments), name
     assert start["predicted_memory_bytes"] == pytest.approx(plan["predicted_memory_bytes"], rel=0.2)
-    said = f"{plan['num_steps']:,} steps, {plan['num_examples']:,} examples"
-    assert said in errors
+    assert f"{plan['num_steps']:,} steps, {plan['num_examples']:,} examples" in errors
+    return printed
+
+
+def test_a_dry_run_plans_what_the_run_then_does(
+    say: Say, settings_file: Path, tmp_path: Path
+) -> None:
+    run_as_planned(say, "finetune", settings_file, tmp_path / "run", "scope=head")
     # That the run is there is no hindrance, and it cannot go on with other settings.
     assert say("finetune", settings_file, "--dry-run", "scope=head")[0] == 0
     assert say("finetune", settings_file, "--dry-run", "--resume", "scope=head")[0] == 0
@@ -320,22 +341,9 @@ def test_a_dry_run_of_pretraining_plans_what_the_run_then_does(
     }  # fmt: skip
     path = tmp_path / "pretrain.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    code, output, errors = say("pretrain", path, "--dry-run")
-    assert code == 0, errors
-    assert not (tmp_path / "run").exists()
     again = tmp_path / "again.yaml"
-    again.write_text(output, encoding="utf-8")
+    again.write_text(run_as_planned(say, "pretrain", path, tmp_path / "run"), encoding="utf-8")
     assert load_config(pretrain.Config, again) == load_config(pretrain.Config, path)
-    plan = json.loads(say("pretrain", path, "--dry-run", "--json")[1])["plan"]
-    comments = [line for line in output.splitlines() if line.startswith("# ")]
-    code, _, errors = say("pretrain", path)
-    assert code == 0, errors
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    start = json.loads(lines[0])
-    for name in ("num_parameters", "num_trained_parameters", "num_steps", "micro_batch_tokens"):
-        assert plan[name] == start[name], name
-        assert any(f"{plan[name]:,}" in line for line in comments), name
-    assert f"{plan['num_steps']:,} steps, {plan['num_examples']:,} examples" in errors
     # What a run would refuse, its plan refuses too.
     for wrong in ("objective.name=masked_lm", "task.train=nowhere", "task.too_long=drop"):
         code, _, errors = say("pretrain", path, "--dry-run", wrong)

@@ -55,6 +55,17 @@ def test_events_are_read_back_in_order_with_their_time(tmp_path: Path) -> None:
     assert all(event["time"] > 1e9 for event in events)
 
 
+@pytest.mark.parametrize("names", [3, "loss", {"loss": 1}, [1], ["gone"]])
+def test_names_of_values_that_are_not_finite_which_are_none_are_an_error_with_its_line(
+    tmp_path: Path, names: object
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    events = [{"event": "start"}, {"event": "step", "loss": "NaN", "not_finite": names}]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2 is not an event: .*`not_finite`"):
+        read_metrics(path)
+
+
 def test_values_that_are_not_finite_stay_visible_in_valid_json(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         log.write("step", step=1, loss=math.nan, norms=[1.0, math.inf, -math.inf])

@@ -271,7 +271,7 @@ def _look_for(source: StepSource, earlier: Sequence[Folder]) -> None:
         # A folder of that name is a trained model.
         if is_new_model(value) and not Path(value).is_dir():
             raise ConfigError(
-                f"`{value}` is the size of a new model, and not a trained one",
+                f"`{value}` is a new model, which has no trained weights to start from",
                 hint=_possible("model", earlier),
             )
         _refuse_missing_path(value, earlier)
@@ -301,13 +301,13 @@ def _check_settings(step: Settings) -> None:
         check_vocabulary_size(step.config)
     elif isinstance(step, corpus.Config):
         corpus.check_settings(step)
-    elif isinstance(step, pretrain.Config):
-        pretrain.check_settings(step)
-        finetune.check_settings(step, pretrain.start())
-        choose_device(step.device)
     elif isinstance(step, finetune.Config):
+        start = finetune.FINETUNE
+        if isinstance(step, pretrain.Config):
+            pretrain.check_settings(step)
+            start = pretrain.start()
         check_task_settings(step.task)
-        finetune.check_settings(step)
+        finetune.check_settings(step, start)
         choose_device(step.device)
     elif isinstance(step, EvaluateStep) and step.columns and step.data is None:
         raise ConfigError(

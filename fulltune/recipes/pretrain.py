@@ -43,9 +43,7 @@ from fulltune.recipes.prepare import (
     Base,
     Prepared,
     check_task,
-    check_task_settings,
     encode_task,
-    open_base,
     sides,
     split_task,
 )
@@ -202,10 +200,10 @@ def start() -> finetune.Start:
 
 
 def check_settings(config: Config) -> None:
-    """What is wrong without a look at the model or for the data, as it is quick to find.
+    """What `check_task` does not know of: that the task is one of pre-training.
 
     Raises:
-        ConfigError: the task is not of documents, or a setting has no effect.
+        ConfigError: the task is not of documents, or its examples are given a length.
     """
     if config.task.kind != "text":
         raise ConfigError(
@@ -217,7 +215,6 @@ def check_settings(config: Config) -> None:
             "`task.max_length` has no effect in pre-training, whose examples are made of documents",
             hint="set `objective.length` instead",
         )
-    check_task_settings(config.task)
 
 
 def open_start(
@@ -300,7 +297,8 @@ def _require_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _open_trained(config: Config) -> Base:
     try:
-        base = open_base(config.model, config.task)
+        path = resolve_model(config.model)
+        base = Base(path, load_model_config(path), load_tokenizer(path))
     except (ModelError, AssetError) as error:
         if near := near_names(config.model, PRESETS):
             error.hint = f"did you mean the size `{near[0]}`? " + (error.hint or "")

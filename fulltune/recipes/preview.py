@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from fulltune.config import load_config, read_yaml
+from fulltune.config import build_config, read_values
 from fulltune.data.arranged import JoinedExamples
 from fulltune.data.joined import JoinedDataset
 from fulltune.data.loader import Loader
@@ -114,13 +114,12 @@ def read_config(path: Path, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: as `load_config`.
     """
-    values = read_yaml(path)
-    settings_files.require(path, values, "finetune", "pretrain")
-    names = {*values, *(key.partition("=")[0].split(".")[0].strip() for key in overrides)}
+    values = read_values(path, overrides)
+    settings_files.require(path, values, "finetune", "pretrain", overrides=overrides)
     is_new = is_new_model(str(values.get("model", "")))
     only_pretraining = pretrain.Config.model_fields.keys() - Config.model_fields.keys()
-    kind = pretrain.Config if is_new or not names.isdisjoint(only_pretraining) else Config
-    return load_config(kind, path, overrides)
+    kind = Config if only_pretraining.isdisjoint(values) and not is_new else pretrain.Config
+    return build_config(kind, values)
 
 
 def _prepare(config: Config, display: Display) -> Prepared:

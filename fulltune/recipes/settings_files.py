@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from fulltune.config import Settings, load_config, read_yaml
+from fulltune.config import Settings, build_config, read_values
 from fulltune.errors import ConfigError
 
 S = TypeVar("S", bound=Settings)
@@ -16,17 +17,26 @@ _OF_A_RUN = ("task", "run_dir", "model")
 
 
 def load(settings: type[S], path: Path, overrides: Sequence[str] = (), *, verb: Verb) -> S:
-    """`load_config` for a verb, which refuses the file of another.
+    """`load_config` for a verb, which refuses the settings of another.
 
     Raises:
-        ConfigError: the file is another verb's, or as `load_config`.
+        ConfigError: the settings are another verb's, or as `load_config`.
     """
-    require(path, read_yaml(path), verb)
-    return load_config(settings, path, overrides)
+    values = read_values(path, overrides)
+    require(path, values, verb, overrides=overrides)
+    return build_config(settings, values)
 
 
-def require(path: Path, values: Mapping[str, Any], *verbs: Verb) -> None:
-    """See that the settings of a file are not plainly those of another verb.
+def require(
+    path: Path, values: Mapping[str, Any], *verbs: Verb, overrides: Sequence[str] = ()
+) -> None:
+    """See that settings are not plainly those of another verb.
+
+    Args:
+        path: the file.
+        values: its settings and the overrides.
+        verbs: that the settings may be for.
+        overrides: what was given beside the file.
 
     Raises:
         ConfigError: they are.
@@ -37,9 +47,10 @@ def require(path: Path, values: Mapping[str, Any], *verbs: Verb) -> None:
     verb, name = found
     if verb == "finetune" and "pretrain" in verbs:
         return  # a file of documents is either's: `pretrain` goes on with a trained model
+    given = f"`{path}`" if not overrides else f"`{path}` with what follows it"
     raise ConfigError(
-        f"`{path}` is a file for `fulltune {verb}`: it has {name}",
-        hint=f"run `fulltune {verb} {path}`",
+        f"{given} is a file for `fulltune {verb}`: it has {name}",
+        hint=f"run `{shlex.join(['fulltune', verb, str(path), *overrides])}`",
     )
 
 

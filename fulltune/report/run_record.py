@@ -244,12 +244,23 @@ def read_run(folder: Path) -> RunRecord:
         name=folder.resolve().name,
         events=tuple(events),
         config=_read_mapping(folder / "config.yaml"),
-        manifest=restore_numbers(_read_mapping(folder / "manifest.json")),
+        manifest=_read_manifest(folder / "manifest.json"),
         data=_read_data(folder / "data.json"),
         samples=_pair_samples(_read_samples(folder, events)),
         predictions=_read_mapping(folder / "predictions" / "evaluation.json"),
         model_card=card.read_text(encoding="utf-8") if card.exists() else "",
     )
+
+
+def _read_manifest(path: Path) -> Mapping[str, Any]:
+    content = _read_mapping(path)
+    try:
+        return restore_numbers(content)
+    except ValueError as error:
+        raise DataError(
+            f"`{path}` is not what a run writes: {error}",
+            hint="the file was changed after the run wrote it; restore or remove it",
+        ) from error
 
 
 def _read_data(path: Path) -> DataReport | None:

@@ -34,11 +34,27 @@ def to_json_text(document: object, *, indent: int) -> str:
 
 
 def restore_numbers(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping that `to_json_text` was given, from what `json.loads` made of its text."""
+    """The mapping that `to_json_text` was given, from what `json.loads` made of its text.
+
+    Raises:
+        ValueError: `not_finite` is no list of names.
+    """
     restored = dict(document)
-    for path in restored.pop(NOT_FINITE_KEY, ()):
+    for path in take_names(restored):
         restored = _restored(restored, path.split("."))
     return restored
+
+
+def take_names(document: dict[str, Any]) -> list[str]:
+    """Take the names of `not_finite` out of a document, where it has them.
+
+    Raises:
+        ValueError: they are no list of names.
+    """
+    names = document.pop(NOT_FINITE_KEY, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`{NOT_FINITE_KEY}` is not a list of names")
+    return names
 
 
 def _with_names(value: object) -> object:

@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fulltune.errors import DataError, RunFolderError
-from fulltune.tracking.json_text import NOT_FINITE, NOT_FINITE_KEY, name_not_finite
+from fulltune.tracking.json_text import (
+    NOT_FINITE,
+    NOT_FINITE_KEY,
+    name_not_finite,
+    take_names,
+)
 
 # Written after the last checkpoint, and with its step.
 _OF_THE_END = ("sample", "weight_change", "result", "end")
@@ -100,7 +105,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             events.append(event)
         elif number < len(lines):  # A line that ends in a newline was written whole.
             raise DataError(
-                f"{path}:{number} is not an event: a JSON object with a text `event` was expected",
+                f"{path}:{number} is not an event: a JSON object with a text `event` was "
+                f"expected, and a list of its fields in `{NOT_FINITE_KEY}`, where it has that",
                 hint="the file was changed after the run wrote it; remove that line to read on",
             )
     return events
@@ -149,8 +155,11 @@ def _decode_event(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return None
-    for key in event.pop(NOT_FINITE_KEY, ()):
-        event[key] = _decode_value(event[key])
+    try:
+        for key in take_names(event):
+            event[key] = _decode_value(event[key])
+    except (ValueError, KeyError):
+        return None
     return event
 
 

@@ -507,6 +507,12 @@ def test_what_is_not_a_run_is_named_with_what_to_do(
     ("name", "content", "message"),
     [
         ("manifest.json", "{", "cannot be read"),
+        ("manifest.json", '{"not_finite": 3}', "`not_finite` is not a list of names"),
+        (
+            "metrics.jsonl",
+            '{"event": "step", "not_finite": 3}\n',
+            r"metrics\.jsonl:1 is not an event",
+        ),
         ("data.json", "[]", "holds a list"),
         ("data.json", '{"facts": {}, "findings": []}', "is not what a run writes"),
         ("config.yaml", "a: [", "cannot be read"),
