@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from fulltune.cli import main
-from fulltune.errors import ConfigError, FulltuneError
+from fulltune.errors import ConfigError, DataError, FulltuneError
 from fulltune.recipes import chain
 from fulltune.recipes.chain_checks import naming
 from fulltune.train.health import NonFiniteError
@@ -223,6 +224,14 @@ WRONG: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
         lambda steps: settings_of(steps, 3).update(device="cuda:99"),
         "step 3, finetune: .*cuda:99",
     ),
+    "a size where a trained model is wanted": (
+        lambda steps: settings_of(steps, 3).update(model="bert-tiny"),
+        "step 3, finetune: `model`: `bert-tiny` is a new model, which has no trained weights",
+    ),
+    "a size that is to be measured": (
+        lambda steps: settings_of(steps, 4).update(model="bert-tiny"),
+        "step 4, evaluate: `model`: `bert-tiny` is a new model, which has no trained weights",
+    ),
     "a part of a run that there will not be": (
         lambda steps: settings_of(steps, 4).update(model=settings_of(steps, 3)["run_dir"] + "/mod"),
         r"step 4, evaluate: .* which is no part of what step 3 \(finetune\) makes",
@@ -239,7 +248,70 @@ def test_what_is_wrong_in_any_step_is_said_with_its_number_and_kind_before_the_f
     with pytest.raises(FulltuneError, match=said) as caught:
         chain.run(chain.load(path))
     assert caught.value.hint
+    assert "`--" not in caught.value.hint.replace("`--resume`", "")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["chain.yaml", "corpus.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "hint"),
+    [
+        (
+            lambda steps: settings_of(steps, 1).update(vocab_size=30_000),
+            "step 1, tokenizer: a vocabulary of 30,000 tokens is larger",
+            r"`vocab_size: \d+` or less",
+        ),
+        (
+            lambda steps: settings_of(steps, 1).update(vocab_size=20),
+            "step 1, tokenizer: a vocabulary of 20 tokens is too small",
+            r"`vocab_size: \d+` or more, or a lower `character_coverage`",
+        ),
+        (
+            lambda steps: settings_of(steps, 1).update(columns={"text": "txt"}),
+            "step 1, tokenizer: .*no column `txt`",
+            r"`columns: \{text: text\}`|`columns`",
+        ),
+        (
+            lambda steps: settings_of(steps, 4).update(columns={"text": "txt"}),
+            "step 4, evaluate: .*no column `txt`",
+            r"`columns: \{text: text\}`|`columns`",
+        ),
+    ],
+)
+def test_what_fails_when_a_step_runs_names_its_settings_and_no_options(
+    tmp_path: Path,
+    classification_file: Path,
+    change: Callable[[list[dict[str, Any]]], object],
+    said: str,
+    hint: str,
+) -> None:
+    path = write_chain(tmp_path, classification_file, change)
+    with pytest.raises(FulltuneError, match=said) as caught:
+        chain.run(chain.load(path))
+    assert re.search(hint, str(caught.value.hint)), caught.value.hint
+    assert "--" not in f"{caught.value}{caught.value.hint}"
+    assert "task.columns" not in f"{caught.value}{caught.value.hint}"
+
+
+@pytest.mark.parametrize(
+    ("advice", "in_a_chain"),
+    [
+        ("name the data with `--data FILE`", "name the data with `data: FILE`"),
+        ("`--column text=body --column label=kind`", "`columns: {text: body, label: kind}`"),
+        ("`--column` and `--too-long`", "`columns` and `too_long`"),
+        ("go on by `--resume`", "go on by `--resume`"),
+        ("by `--resume num_workers=1`", "by `--resume` and `num_workers: 1`"),
+        ("train one with `--family t5`", "train one with `family: t5`"),
+        (
+            "by `fulltune tokenizer train --family gpt --fill-in-the-middle`",
+            "by a step `tokenizer: {family: gpt, fill_in_the_middle: true}`",
+        ),
+        ("set `task.columns={text: 正文}`", "set `columns: {text: 正文}`"),
+    ],
+)
+def test_options_in_an_advice_are_settings_in_a_chain(advice: str, in_a_chain: str) -> None:
+    with pytest.raises(DataError, match="step 4, evaluate: ") as caught, naming(4, "evaluate"):
+        raise DataError("a row is wrong", hint=advice)
+    assert caught.value.hint == in_a_chain
 
 
 def test_a_name_that_is_nearly_an_earlier_folder_is_suggested(

@@ -15,9 +15,10 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fulltune.config import build_config
+from fulltune.data.tasks import TaskConfig
 from fulltune.data.tokenizers import FIM_TOKENS
 from fulltune.errors import ConfigError, FulltuneError, ModelError
-from fulltune.recipes import evaluate, finetune, pretrain
+from fulltune.recipes import evaluate, finetune, prepare, pretrain
 from fulltune.tracking import read_metrics
 from fulltune.train.checkpoint import last_checkpoint
 
@@ -93,6 +94,26 @@ def make_config(
         "run_dir": str(run_dir),
     }
     return build_config(pretrain.Config, {**values, **changes})
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_the_task_of_a_run_is_checked_once(
+    tmp_path: Path, corpus: Path, tiny_gpt2: Path, is_new: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[TaskConfig] = []
+    check = prepare.check_task_settings
+
+    def check_and_count(task: TaskConfig) -> None:
+        checked.append(task)
+        check(task)
+
+    monkeypatch.setattr(prepare, "check_task_settings", check_and_count)
+    config = make_config(tmp_path / "run", corpus, tiny_gpt2, "gpt2-tiny", duration="1 steps")
+    if not is_new:
+        start = {"model": str(tiny_gpt2), "tokenizer": None, "architecture": {}}
+        config = config.model_copy(update=start)
+    assert pretrain.run(config).step == 1
+    assert checked == [config.task]
 
 
 def step_losses(run_dir: Path) -> list[float]:
