@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fulltune.config import build_config
 from fulltune.errors import FulltuneError, ModelError
@@ -75,8 +77,17 @@ def test_a_model_that_cannot_be_trained_is_refused_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_token_that_sees_what_came_before_alone_is_trained(
-    tmp_path: Path, tiny_gpt2: Path
+@pytest.fixture(params=["highest", "medium"])
+def arithmetic(request: pytest.FixtureRequest) -> Generator[str]:
+    """Float32 products as they are, and with bf16 in their place where the device has that."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+def test_a_token_that_sees_what_came_before_alone_is_trained_in_any_arithmetic(
+    tmp_path: Path, tiny_gpt2: Path, arithmetic: str
 ) -> None:
     values = {
         "model_type": "bert-generation", **SMALL, "intermediate_size": 48, "is_decoder": True
