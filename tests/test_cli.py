@@ -215,10 +215,12 @@ def test_the_size_of_a_new_model_is_not_looked_for_by_finetune(say: Say, tmp_pat
 
 
 def test_the_verb_of_a_file_is_that_of_its_settings_after_those_of_the_command_line(
-    say: Say, tmp_path: Path
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(FILES["finetune"].replace("chat", "text"), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("It rains.", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    path.write_text("{model: runs/mine, task: {train: a.txt}, run_dir: runs/a}", "utf-8")
     code, _, errors = say("finetune", path, "model=bert-tiny", "duration=2 steps")
     error, hint = errors.splitlines()
     assert code == 2

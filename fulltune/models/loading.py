@@ -301,11 +301,20 @@ def save_model(
     *,
     info: Mapping[str, Any],
 ) -> None:
-    """Write a folder that transformers loads as it is, with `info` beside it as fulltune.json."""
+    """Write a folder that transformers loads as it is, with `info` beside it as fulltune.json.
+
+    Raises:
+        ModelError: transformers did not write it, as on any rank but the first.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     with quiet_transformers():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+    if not (directory / "config.json").is_file():
+        raise ModelError(
+            f"the model of `{directory}` is written by the first rank alone, and this is another",
+            hint="let all machines share a cache: name its folder as `FULLTUNE_CACHE`",
+        )
     for weights in directory.glob("*.safetensors"):
         shutil.copymode(directory / "config.json", weights)  # saved for the owner alone otherwise
     text = json.dumps(info, indent=2, ensure_ascii=False)

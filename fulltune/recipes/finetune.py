@@ -48,7 +48,7 @@ from fulltune.runtime import (
 )
 from fulltune.tracking import Display, TrackingConfig, check_sinks, make_display
 from fulltune.train.loop import Ending
-from fulltune.train.ranks import from_main_rank, on_all_ranks, on_main_rank
+from fulltune.train.ranks import from_main_rank, main_rank_first, on_all_ranks, on_main_rank
 from fulltune.train.run_folder import (
     check_run_folder,
     create_run_folder,
@@ -288,7 +288,7 @@ def assemble(
         on_all_ranks(runtime, lambda: check_source(source))
     base_bytes = psutil.Process().memory_info().rss
     # Paths that are not there are found before anything is measured.
-    base, objective = on_all_ranks(runtime, lambda: start.open(config))
+    base, objective = main_rank_first(runtime, lambda: start.open(config))
     # A resumed run computes as it began: another precision would be another run.
     precision = from_main_rank(
         runtime, choose_precision(found.precision if found else config.precision, runtime.device)
@@ -300,7 +300,12 @@ def assemble(
 
     reader = retention_reader(objective) if source is not None else None
     display.stage("reading and tokenizing the data")
-    prepared = _prepare_on_all_ranks(config, objective, runtime, display, start)
+    prepared = main_rank_first(
+        runtime,
+        lambda: start.prepare(
+            config, objective, lambda done: display.progress("records tokenized", done, None)
+        ),
+    )
     may_truncate = config.task.too_long != "error"
     for finding in on_all_ranks(
         runtime, lambda: require_sound(prepared.facts, may_truncate=may_truncate)
@@ -326,17 +331,3 @@ def _texts_of(source: str) -> list[TextExample]:
     layout = recognise_format(records, task)
     examples = (make_example(record, layout, kind="text") for record in records)
     return [example for example in examples if isinstance(example, TextExample)]
-
-
-def _prepare_on_all_ranks(
-    config: Config, objective: Any, runtime: Runtime, display: Any, start: Start
-) -> Prepared:
-    """The first rank encodes; the others then find it in the cache."""
-
-    def made() -> Prepared:
-        return start.prepare(
-            config, objective, lambda done: display.progress("records tokenized", done, None)
-        )
-
-    prepared = on_main_rank(runtime, made)
-    return on_all_ranks(runtime, lambda: prepared or made())

@@ -75,6 +75,15 @@ def on_main_rank(
     return on_all_ranks(runtime, lambda: action() if runtime.is_main else None, group=group)
 
 
+def main_rank_first(runtime: Runtime, action: Callable[[], T]) -> T:
+    """Do something on the first rank, and then on the others, which find in the cache what it made.
+
+    Transformers writes models on the first rank alone.
+    """
+    done = on_main_rank(runtime, action)
+    return on_all_ranks(runtime, lambda: action() if done is None else done)
+
+
 def from_main_rank(runtime: Runtime, value: T) -> T:
     """What the first rank has under the same name: a measurement must not divide the ranks."""
     if runtime.world_size == 1:
