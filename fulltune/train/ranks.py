@@ -29,7 +29,8 @@ def patient_group(runtime: Runtime) -> dist.ProcessGroup | None:
     """
     if runtime.world_size == 1:
         return None
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    return group
 
 
 def on_all_ranks(
