@@ -14,10 +14,8 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
-Units: TypeAlias = Literal["words", "characters"]
-"""What F1 counts: `words` as SQuAD's script does, `characters` of Chinese as CMRC's does."""
+from fulltune.data.tasks import AnswerUnits
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -51,7 +49,7 @@ def normalize_answer(text: str) -> str:
 
 
 def score_answer(
-    answer: str, references: Sequence[str], *, units: Units = "words"
+    answer: str, references: Sequence[str], *, units: AnswerUnits = "words"
 ) -> AnswerScore:
     """Exact match and F1 of an answer, each the best over the references.
 

@@ -154,7 +154,7 @@ BERT = Family(
     can_pack=False,
     dropout_fields=(
         *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
-        *("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout"),
+        *("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout", "qa_dropout"),
         *("embedding_dropout", "mlp_dropout"),
     ),
     can_generate=False,
@@ -330,6 +330,23 @@ def classification_logits(model: PreTrainedModel, hidden_DH: Tensor) -> Tensor:
     """
     logits_DC: Tensor = family_of(model.config).classify(model, hidden_DH)
     return logits_DC
+
+
+def answer_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """The scores of each token to be the first and the last of an answer.
+
+    Args:
+        model: an `AutoModelForQuestionAnswering`.
+        inputs: of its own forward; ``input_ids`` int64 [B, T] among them.
+
+    Returns:
+        [B, T, 2].
+    """
+    family = family_of(model.config)
+    # Nothing is generated, so that keys and values need not be kept.
+    more = {"use_cache": False} if family.can_generate or family.decoder_input else {}
+    output = model(**inputs, **more)
+    return torch.stack([output.start_logits, output.end_logits], dim=-1)
 
 
 def masked_hidden_states(model: PreTrainedModel, hidden_NH: Tensor) -> Tensor:

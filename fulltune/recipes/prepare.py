@@ -187,6 +187,7 @@ def make_objective(
         special_tokens=task.special_tokens,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        of_kind={name: getattr(task, name) for name in TASKS[task.kind].settings},
     )
     return make_task_objective(task.kind, settings)
 
