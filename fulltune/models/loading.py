@@ -224,13 +224,19 @@ def load_model(
     return model
 
 
+def offers_head(model_type: str, head: Head) -> bool:
+    """Whether transformers has a class for models of a type with a head."""
+    mapping = getattr(AUTO_CLASSES[head], "_model_mapping", None)
+    return mapping is None or model_type in mapping._model_mapping
+
+
 def require_head(config: PretrainedConfig, head: Head) -> None:
     """See that transformers has a class for a model with a head.
 
     Raises:
         ModelError: it has none.
     """
-    if type(config) not in getattr(AUTO_CLASSES[head], "_model_mapping", {type(config): None}):
+    if not offers_head(config.model_type, head):
         raise ModelError(
             f"transformers has no model of type `{config.model_type}` with a head for "
             f"{head.replace('_', ' ')}",
@@ -243,9 +249,10 @@ def _body_names(config: PretrainedConfig, head: Head) -> dict[str, str] | None:
 
     Llama's body is `model`, but `transformer` in its class for question answering.
     """
-    if head not in TASK_HEADS or type(config) not in AutoModelForCausalLM._model_mapping:
+    decoders: Any = AutoModelForCausalLM._model_mapping
+    if head not in TASK_HEADS or type(config) not in decoders:
         return None
-    usual = AutoModelForCausalLM._model_mapping[type(config)].base_model_prefix
+    usual = decoders[type(config)].base_model_prefix
     here = AUTO_CLASSES[head]._model_mapping[type(config)].base_model_prefix
     return None if usual == here else {rf"^{usual}\.": f"{here}."}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fulltune.data.tasks import ANSWER_SETTINGS, TaskKind
 from fulltune.errors import ConfigError, ModelError
 from fulltune.models.families import Family, family_of
-from fulltune.models.loading import require_head
+from fulltune.models.loading import offers_head, require_head
 from fulltune.objectives.base import Objective, TooLong
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification, ClassificationLoss
@@ -142,9 +142,13 @@ OF_TASK: dict[TaskKind, TaskObjective] = {
 }
 
 
-def kinds_of(family: Family) -> list[TaskKind]:
-    """The kinds of task that models of a family can do."""
-    return [kind for kind, task in OF_TASK.items() if task.can(family)]
+def kinds_of(family: Family, model_type: str | None = None) -> list[TaskKind]:
+    """The kinds of task that models of a family can do, of one type where it is given."""
+    return [
+        kind
+        for kind, task in OF_TASK.items()
+        if task.can(family) and (model_type is None or offers_head(model_type, task.head))
+    ]
 
 
 def make_task_objective(kind: TaskKind, settings: ObjectiveSettings) -> Objective:
@@ -163,7 +167,8 @@ def make_task_objective(kind: TaskKind, settings: ObjectiveSettings) -> Objectiv
     family = family_of(settings.config)
     if not task.can(family):
         lacks = " does not predict the next token, so it" if task.head == "causal_lm" else ""
-        possible = ", ".join(f"`{other}`" for other in kinds_of(family))
+        model_type = settings.config.model_type
+        possible = ", ".join(f"`{other}`" for other in kinds_of(family, model_type))
         raise ModelError(
             f"a model of type `{settings.config.model_type}`{lacks} cannot do `task.kind: {kind}`",
             hint=f"it can do {possible}; `fulltune models` says what others can",
