@@ -332,23 +332,6 @@ def classification_logits(model: PreTrainedModel, hidden_DH: Tensor) -> Tensor:
     return logits_DC
 
 
-def answer_logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
-    """The scores of each token to be the first and the last of an answer.
-
-    Args:
-        model: an `AutoModelForQuestionAnswering`.
-        inputs: of its own forward; ``input_ids`` int64 [B, T] among them.
-
-    Returns:
-        [B, T, 2].
-    """
-    family = family_of(model.config)
-    # Nothing is generated, so that keys and values need not be kept.
-    more = {"use_cache": False} if family.can_generate or family.decoder_input else {}
-    output = model(**inputs, **more)
-    return torch.stack([output.start_logits, output.end_logits], dim=-1)
-
-
 def masked_hidden_states(model: PreTrainedModel, hidden_NH: Tensor) -> Tensor:
     """What a masked-LM head makes of last hidden states, before the output embedding.
 

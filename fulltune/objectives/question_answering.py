@@ -20,7 +20,7 @@ from torch import Tensor
 from fulltune.data.encoding import EncodedExample, content_hash
 from fulltune.data.tasks import AnswerUnits, Example, QuestionExample
 from fulltune.errors import DataError
-from fulltune.models.families import answer_logits
+from fulltune.models.families import family_of
 from fulltune.objectives.answer_spans import (
     best_spans,
     make_reference,
@@ -254,9 +254,13 @@ class QuestionAnswering:
 
         Minus infinity where a token is neither of the context nor the marker.
         """
+        family = family_of(model.config)
         inputs = model_inputs(batch, (*MODEL_INPUTS, "token_type_ids"))
-        logits_BT2 = answer_logits(model, inputs).float()
-        logits_DL2 = logits_BT2.flatten(0, 1)[batch["token_places"]]
+        if family.can_generate or family.decoder_input:
+            inputs["use_cache"] = False  # of keys and values: nothing is generated
+        output = model(**inputs)
+        logits_BT2 = torch.stack([output.start_logits, output.end_logits], dim=-1)
+        logits_DL2 = logits_BT2.float().flatten(0, 1)[batch["token_places"]]
         is_candidate_DL = batch["is_context"].scatter(1, batch["markers"][:, None], True)
         return logits_DL2.masked_fill(~is_candidate_DL[:, :, None], -torch.inf).log_softmax(1)
 
