@@ -91,7 +91,7 @@ def models(as_json: Json = False) -> None:
 
     families: dict[tuple[str, str, bool], list[str]] = {}
     for name, family in FAMILIES.items():
-        tasks = ", ".join(kinds_of(family))
+        tasks = ", ".join(kinds_of(family, name))
         objectives = ", ".join(objectives_of(family))
         families.setdefault((tasks, objectives, family.can_pack), []).append(name)
     if as_json:

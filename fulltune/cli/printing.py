@@ -46,7 +46,7 @@ def print_entries(title: str, entries: Sequence[tuple[str, str, str, str]]) -> N
 
 
 def print_metrics(report: Any) -> None:
-    """The metrics of an evaluation, and a table of its labels."""
+    """The metrics of an evaluation, and a table of its labels or of its kinds of questions."""
     from fulltune.tracking import format_number
 
     typer.echo(f"{report.model} on {report.data}: {report.num_examples:,} examples")
@@ -66,6 +66,25 @@ def print_metrics(report: Any) -> None:
                 for label, values in per_label.items()
             ],
         )  # fmt: skip
+
+    kinds = {"has_answer": "with an answer", "no_answer": "without one"}
+    parts = {kind: report.details[name] for name, kind in kinds.items() if name in report.details}
+    if parts:
+        print_table(
+            "Questions",
+            ("in their context", "f1", "exact match", "questions"),
+            [
+                (
+                    kind, f"{part['f1']:.3f}", f"{part['exact_match']:.3f}",
+                    f"{part['num_questions']:,}",
+                )
+                for kind, part in parts.items()
+            ],
+        )  # fmt: skip
+        typer.echo(
+            f"  best f1 {report.details['best_f1']:.3f}, with no answer above a probability of "
+            f"{report.details['best_f1_threshold']:.3f} instead of 0.5"
+        )
 
 
 def parse_columns(pairs: list[str] | None) -> dict[str, str]:

@@ -17,6 +17,7 @@ import pyarrow.parquet
 from fulltune.data.binary import ESCAPE_BYTES, UNREADABLE, has_escaped_bytes, is_binary_row
 from fulltune.data.json_rows import parse_json, parse_json_lines
 from fulltune.data.plain_text import bounded_lines, split_documents, whole_text
+from fulltune.data.squad_json import flatten_questions
 from fulltune.data.utf8 import bad_encoding
 from fulltune.errors import DataError, listed
 
@@ -163,7 +164,8 @@ def _read_jsonl(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_json(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open_text() as stream:
-        yield from parse_json(stream, file.name, keep_binary=file.keep_binary)
+        rows = parse_json(stream, file.name, keep_binary=file.keep_binary)
+        yield from flatten_questions(rows, file.name)
 
 
 def _read_csv(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:

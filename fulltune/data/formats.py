@@ -18,6 +18,7 @@ from fulltune.data.chat_formats import (
     prompt_completion_messages,
     sharegpt_messages,
 )
+from fulltune.data.question_formats import question_example
 from fulltune.data.records import Record
 from fulltune.data.rows import Row, listed, missing_column
 from fulltune.data.tasks import (
@@ -484,5 +485,14 @@ _LAYOUTS: dict[str, _Layout] = {
         optional_fields=("text_pair",),
         description="regression: {text}, with `text_pair` where there is one, has one {score}",
         example=_regression,
+    ),
+    "question_answering": _Layout(
+        kind="question_answering",
+        fields=("question", "context"),
+        answer=None,
+        optional_fields=("answers", "answer", "answer_start", "id", "is_impossible"),
+        description="question answering: {question} is answered by a piece of {context}, which "
+        "`answers` or `answer` gives",
+        example=question_example,
     ),
 }

@@ -1,6 +1,6 @@
 """Tasks: what a record must hold, what an example is, and the settings that name the data.
 
-A *record* is a raw row of a file; an *example* is one instance of a task, before tokens. The three
+A *record* is a raw row of a file; an *example* is one instance of a task, before tokens. The
 example types below are all that the objectives see of the data.
 """
 
@@ -80,6 +80,30 @@ class PreferenceExample:
     where: str
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerPlace:
+    """An answer and the character of its context where it begins; None where that is not said."""
+
+    text: str
+    start: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionExample:
+    """A question whose answers are pieces of its context.
+
+    The first answer is trained, and all of them count as right. There is none where the context
+    does not answer the question; ``answers`` is None only when predicting.
+    """
+
+    question: str
+    context: str
+    answers: tuple[AnswerPlace, ...] | None
+    where: str
+    id: str | None = None
+    """The data's own name of the question."""
+
+
 Example: TypeAlias = (
     ChatExample
     | TextExample
@@ -87,13 +111,22 @@ Example: TypeAlias = (
     | ClassificationExample
     | MultiLabelExample
     | RegressionExample
+    | QuestionExample
 )
 TaskKind: TypeAlias = Literal[
-    "chat", "text", "preference", "classification", "multi_label", "regression"
+    "chat",
+    "text",
+    "preference",
+    "classification",
+    "multi_label",
+    "regression",
+    "question_answering",
 ]
 
-
 Supervision: TypeAlias = Literal["tokens", "labels", "numbers"]
+
+AnswerUnits: TypeAlias = Literal["words", "characters"]
+"""What the F1 of an answer counts: `words` by SQuAD's rules, Chinese `characters` by CMRC's."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +152,13 @@ class Task:
     """Whether a trained model answers prompts."""
     becomes: TaskKind | None = None
     """The kind that a trained model is used as, where that is another one."""
+    windows: bool = False
+    """Whether a long example is cut into windows that lose nothing of it."""
 
+
+ANSWER_SETTINGS = ("stride", "longest_answer", "no_answer", "repeated_answer", "answer_units")
+KEPT_SETTINGS = ANSWER_SETTINGS
+"""Settings of a task that a trained model keeps, as it predicts by them."""
 
 TASKS: dict[TaskKind, Task] = {
     "chat": Task(
@@ -139,6 +178,7 @@ TASKS: dict[TaskKind, Task] = {
         optional_fields=(),
         metrics=("loss", "perplexity", "bits_per_byte", "retention_loss"),
         supervision="tokens",
+        windows=True,
     ),
     "preference": Task(
         kind="preference",
@@ -182,11 +222,22 @@ TASKS: dict[TaskKind, Task] = {
         answer="score",
         settings=("too_long",),
     ),
+    "question_answering": Task(
+        kind="question_answering",
+        summary="the piece of a context that answers a question",
+        fields=("question", "context"),
+        optional_fields=("answers", "answer", "answer_start", "id", "is_impossible"),
+        metrics=("f1", "exact_match", "loss"),
+        supervision="tokens",
+        settings=("too_long", *ANSWER_SETTINGS),
+        windows=True,
+    ),
 }
 
 SETTINGS_OF_SOME = (
     *("labels", "too_long", "template", "special_tokens", "loss", "class_weights"),
     "dpo_beta",
+    *ANSWER_SETTINGS,
 )
 """Settings of a task that have an effect on some kinds only; `Task.settings` says on which."""
 
@@ -212,6 +263,7 @@ class TaskConfig(Settings):
         "classification",
         "multi_label",
         "regression",
+        "question_answering",
     ] = "auto"
     """How rows are laid out; `auto` recognises it from the first rows and says so."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -227,8 +279,9 @@ class TaskConfig(Settings):
     max_length: Annotated[int, Field(ge=2)] | None = None
     """Longest example in tokens; null is the model's context length."""
     too_long: Literal["error", "truncate", "drop"] = "error"
-    """What happens to an example longer than `max_length`. Documents of `text` are always cut into
-    windows instead, losing nothing."""
+    """What happens to an example longer than `max_length`. Documents of `text` and contexts of
+    questions are always cut into windows instead, losing nothing; of a question that leaves too
+    little room for its context, `truncate` cuts the end off."""
     dpo_beta: Annotated[float, Field(gt=0)] = 0.1
     """Preference: how dear it is to move away from the model that training began with."""
     template: str | None = None
@@ -237,5 +290,19 @@ class TaskConfig(Settings):
     special_tokens: Literal["error", "text"] = "error"
     """Chat: what happens to a message that holds the text of a special token, such as `<|im_end|>`;
     `text` encodes it letter by letter. It never becomes the token."""
+    stride: Annotated[int, Field(ge=0)] | None = None
+    """Question answering: tokens that neighbouring windows of a long context share; null is a
+    quarter of `max_length`."""
+    longest_answer: Annotated[int, Field(ge=1)] = 30
+    """Question answering: longest answer in tokens that is predicted."""
+    no_answer: bool = False
+    """Question answering: whether a question may have no answer in its context, as in SQuAD 2.0;
+    the model then may say so."""
+    repeated_answer: Literal["error", "first"] = "error"
+    """Question answering: which place is meant where an answer without `answer_start` occurs
+    several times in its context."""
+    answer_units: AnswerUnits = "words"
+    """Question answering: what exact match and F1 count: `words` by the rules of SQuAD's script,
+    or Chinese `characters` by those of CMRC 2018."""
     deduplicate: bool = False
     """Drop examples that repeat an earlier one exactly."""

@@ -12,12 +12,15 @@ import numpy as np
 import torch
 
 from fulltune.data.tasks import TaskKind
+from fulltune.evaluate.answer_metrics import answer_metrics
 from fulltune.evaluate.label_metrics import multi_label_metrics, regression_metrics
 from fulltune.evaluate.metrics import classification_metrics
+from fulltune.objectives.answer_spans import WindowOutput
 from fulltune.objectives.base import Objective
 from fulltune.objectives.classification import Classification, ClassificationOutput
 from fulltune.objectives.multi_label import MultiLabel, MultiLabelOutput
 from fulltune.objectives.preference import PreferenceOutput
+from fulltune.objectives.question_answering import QuestionAnswering
 from fulltune.objectives.regression import RegressionOutput
 
 Measure: TypeAlias = Callable[[Objective, Sequence[Any]], dict[str, Any]]
@@ -59,9 +62,14 @@ def _preference(objective: Objective, outputs: Sequence[PreferenceOutput]) -> An
     }
 
 
+def _question_answering(objective: Objective, outputs: Sequence[WindowOutput]) -> Any:
+    return answer_metrics(cast(QuestionAnswering, objective), outputs)
+
+
 MEASURES: dict[TaskKind, Measure] = {
     "preference": _preference,
     "classification": _classification,
     "multi_label": _multi_label,
     "regression": _regression,
+    "question_answering": _question_answering,
 }

@@ -54,6 +54,8 @@ METRICS: dict[str, Metric] = {
     "pearson": Metric("higher", "linear correlation of the numbers given and the right ones"),
     "spearman": Metric("higher", "correlation of their ranks"),
     "r2": Metric("higher", "share of the variance explained; 0 is always giving the mean"),
+    "f1": Metric("higher", "mean F1 of the words of the answers with those of the right ones"),
+    "exact_match": Metric("higher", "share of questions answered exactly as in a right answer"),
     "retention_loss": Metric("lower", "loss on a fixed general text: rises when it is forgotten"),
 }
 

@@ -5,6 +5,12 @@ training saw, and an example becomes tokens by the objective that trained the mo
 """
 
 from fulltune.inference.batches import answering, cut_into_batches, in_chunks, score_examples
+from fulltune.inference.extraction import (
+    FoundAnswer,
+    answer_questions,
+    combine_windows,
+    windows_by_question,
+)
 from fulltune.inference.generation import (
     Answer,
     GenerationSettings,
@@ -20,14 +26,17 @@ from fulltune.inference.prompts import render_prompt, render_text_prompt, stop_i
 __all__ = [
     "PREDICTORS",
     "Answer",
+    "FoundAnswer",
     "GenerationSettings",
     "Loaded",
     "Prediction",
     "Predictor",
     "Stream",
+    "answer_questions",
     "answering",
     "build_objective",
     "classify",
+    "combine_windows",
     "cut_into_batches",
     "generate",
     "generate_text",
@@ -38,4 +47,5 @@ __all__ = [
     "render_text_prompt",
     "score_examples",
     "stop_ids",
+    "windows_by_question",
 ]

@@ -105,6 +105,7 @@ def build_objective(
         labels=loaded.labels,
         too_long=too_long,
         special_tokens=special_tokens,
+        of_kind=loaded.info.get("settings", {}),
     )
     return make_task_objective(loaded.kind, settings)
 
@@ -120,6 +121,8 @@ def _infer_kind(
         }
         kind = kinds.get(config.problem_type, "classification")
         reason = f"its architecture is {architectures[0]}"
+    elif any("ForQuestionAnswering" in name for name in architectures):
+        kind, reason = "question_answering", f"its architecture is {architectures[0]}"
     elif any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         has_template = tokenizer.chat_template is not None
         kind = "chat" if has_template else "text"

@@ -11,16 +11,19 @@ from fulltune.data.tasks import (
     ClassificationExample,
     Example,
     Message,
+    QuestionExample,
     TaskKind,
     TextExample,
 )
 from fulltune.inference.batches import encode_whole, score_examples
+from fulltune.inference.extraction import answer_questions
 from fulltune.inference.generation import Answer, GenerationSettings, generate, generate_text
 from fulltune.inference.labelling import classify
 from fulltune.inference.loading import Loaded
 from fulltune.objectives.base import Objective
 from fulltune.objectives.classification import Classification
 from fulltune.objectives.multi_label import MultiLabel
+from fulltune.objectives.question_answering import QuestionAnswering
 
 Predict: TypeAlias = Callable[
     [Loaded, Objective, Sequence[Example], GenerationSettings | None, int], list[dict[str, Any]]
@@ -61,6 +64,22 @@ def _label(
         }
         for prediction in labelled
     ]
+
+
+def _extract(
+    loaded: Loaded,
+    objective: Objective,
+    examples: Sequence[Example],
+    settings: GenerationSettings | None,
+    batch_tokens: int,
+) -> list[dict[str, Any]]:
+    found = answer_questions(
+        loaded.model,
+        cast(QuestionAnswering, objective),
+        cast(Sequence[QuestionExample], examples),
+        batch_tokens=batch_tokens,
+    )
+    return [answer.as_json() for answer in found]
 
 
 def _answer(
@@ -146,6 +165,7 @@ PREDICTORS: dict[TaskKind, Predictor] = {
     "classification": Predictor(_label, rows=512, generates=False),
     "multi_label": Predictor(_label_each, rows=512, generates=False),
     "regression": Predictor(_give_score, rows=512, generates=False),
+    "question_answering": Predictor(_extract, rows=128, generates=False),
 }
 
 

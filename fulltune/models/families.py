@@ -154,7 +154,7 @@ BERT = Family(
     can_pack=False,
     dropout_fields=(
         *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
-        *("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout"),
+        *("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout", "qa_dropout"),
         *("embedding_dropout", "mlp_dropout"),
     ),
     can_generate=False,

@@ -194,6 +194,7 @@ def load_model(
         new_head = _set_regression(config, family)
     elif head in TASK_HEADS:
         new_head = not _has_head(config, head)
+        config.num_labels = 2  # of a question's answer: where it begins, and where it ends
     elif head in ("masked_lm", "sentence_order"):
         new_head = True  # a body alone gets one; a head that is there is kept
     elif head == "causal_lm" and not family.can_generate:
@@ -203,12 +204,7 @@ def load_model(
         )
 
     auto = AUTO_CLASSES[head]
-    if type(config) not in getattr(auto, "_model_mapping", {type(config): None}):
-        raise ModelError(
-            f"transformers has no model of type `{config.model_type}` with a head for "
-            f"{head.replace('_', ' ')}",
-            hint="choose another model; `fulltune models` says what each can do",
-        )
+    require_head(config, head)
     chosen = attention if family.can_pack or attention == "eager" else None
     model, report = from_pretrained(
         auto,
@@ -217,15 +213,56 @@ def load_model(
         dtype=dtype,
         attn_implementation=chosen,
         ignore_mismatched_sizes=True,
+        key_mapping=_body_names(config, head),
     )
     fresh = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     if new_head and head in TASK_HEADS:
-        prefix = f"{model.base_model_prefix}."
-        fresh |= {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
+        fresh |= _head_parameters(model)
     _check_missing(fresh, model, path, new_head)
     _initialize(model, fresh, seed)
     _check_generation_config(model, path)
     return model
+
+
+def offers_head(model_type: str, head: Head) -> bool:
+    """Whether transformers has a class for models of a type with a head."""
+    mapping = getattr(AUTO_CLASSES[head], "_model_mapping", None)
+    return mapping is None or model_type in mapping._model_mapping
+
+
+def require_head(config: PretrainedConfig, head: Head) -> None:
+    """See that transformers has a class for a model with a head.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if not offers_head(config.model_type, head):
+        raise ModelError(
+            f"transformers has no model of type `{config.model_type}` with a head for "
+            f"{head.replace('_', ' ')}",
+            hint="choose another model; `fulltune models` says what each can do",
+        )
+
+
+def _body_names(config: PretrainedConfig, head: Head) -> dict[str, str] | None:
+    """Renames the weights of a decoder's body for a class that calls its body otherwise.
+
+    Llama's body is `model`, but `transformer` in its class for question answering.
+    """
+    decoders: Any = AutoModelForCausalLM._model_mapping
+    if head not in TASK_HEADS or type(config) not in decoders:
+        return None
+    usual = decoders[type(config)].base_model_prefix
+    here = AUTO_CLASSES[head]._model_mapping[type(config)].base_model_prefix
+    return None if usual == here else {rf"^{usual}\.": f"{here}."}
+
+
+def _head_parameters(model: PreTrainedModel) -> set[str]:
+    """What a task's class puts behind the body."""
+    names = [name for name, _ in model.named_parameters()]
+    if model.base_model is model:  # T5's for question answering has no module for the body
+        return {name for name in names if name.startswith("qa_outputs.")}
+    return {name for name in names if not name.startswith(f"{model.base_model_prefix}.")}
 
 
 def load_body(path: Path, *, attention: str) -> PreTrainedModel:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from fulltune.data.tasks import TaskKind
+from fulltune.data.tasks import ANSWER_SETTINGS, TaskKind
 from fulltune.errors import ConfigError, ModelError
 from fulltune.models.families import Family, family_of
+from fulltune.models.loading import offers_head, require_head
 from fulltune.objectives.base import Objective, TooLong
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification, ClassificationLoss
 from fulltune.objectives.multi_label import MultiLabel
 from fulltune.objectives.preference import Preference
+from fulltune.objectives.question_answering import QuestionAnswering
+from fulltune.objectives.question_windows import require_offsets
 from fulltune.objectives.regression import Regression
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ class ObjectiveSettings:
     special_tokens: Literal["error", "text"] = "error"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    of_kind: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the settings that only some kinds have, by their names in `task`."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,19 @@ def _regression(settings: ObjectiveSettings) -> Regression:
     return Regression(**_reader(settings))
 
 
+def _question_answering(settings: ObjectiveSettings) -> QuestionAnswering:
+    family = family_of(settings.config)
+    given = {name: settings.of_kind[name] for name in ANSWER_SETTINGS if name in settings.of_kind}
+    return QuestionAnswering(
+        require_offsets(settings.tokenizer),
+        settings.max_length,
+        family.pooling,
+        too_long=settings.too_long,
+        packing=family.can_pack,
+        **given,
+    )
+
+
 def _predicts_the_next_token(family: Family) -> bool:
     return family.can_generate
 
@@ -120,12 +138,17 @@ OF_TASK: dict[TaskKind, TaskObjective] = {
     "classification": TaskObjective("classification", _classification, smooths_labels=True),
     "multi_label": TaskObjective("multi_label", _multi_label),
     "regression": TaskObjective("regression", _regression),
+    "question_answering": TaskObjective("question_answering", _question_answering),
 }
 
 
-def kinds_of(family: Family) -> list[TaskKind]:
-    """The kinds of task that models of a family can do."""
-    return [kind for kind, task in OF_TASK.items() if task.can(family)]
+def kinds_of(family: Family, model_type: str | None = None) -> list[TaskKind]:
+    """The kinds of task that models of a family can do, of one type where it is given."""
+    return [
+        kind
+        for kind, task in OF_TASK.items()
+        if task.can(family) and (model_type is None or offers_head(model_type, task.head))
+    ]
 
 
 def make_task_objective(kind: TaskKind, settings: ObjectiveSettings) -> Objective:
@@ -144,9 +167,11 @@ def make_task_objective(kind: TaskKind, settings: ObjectiveSettings) -> Objectiv
     family = family_of(settings.config)
     if not task.can(family):
         lacks = " does not predict the next token, so it" if task.head == "causal_lm" else ""
-        possible = ", ".join(f"`{other}`" for other in kinds_of(family))
+        model_type = settings.config.model_type
+        possible = ", ".join(f"`{other}`" for other in kinds_of(family, model_type))
         raise ModelError(
             f"a model of type `{settings.config.model_type}`{lacks} cannot do `task.kind: {kind}`",
             hint=f"it can do {possible}; `fulltune models` says what others can",
         )
+    require_head(settings.config, task.head)
     return task.make(settings)

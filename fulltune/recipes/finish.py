@@ -17,7 +17,7 @@ from torch import Tensor
 from fulltune import __version__
 from fulltune.assets import PREFIX, find_asset
 from fulltune.data.preview_facts import to_json
-from fulltune.data.tasks import TASKS
+from fulltune.data.tasks import KEPT_SETTINGS, TASKS
 from fulltune.errors import CheckpointError, RunFolderError
 from fulltune.inference import stop_ids
 from fulltune.models.adapters import merge_lora
@@ -175,10 +175,13 @@ def _write_model(
     trainer: Trainer, model: PreTrainedModel, folder: Path, card: str | None = None
 ) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
+    task = trainer.config.task
+    kept = [name for name in KEPT_SETTINGS if name in TASKS[task.kind].settings]
     info = {
-        "kind": TASKS[trainer.config.task.kind].becomes or trainer.config.task.kind,
+        "kind": TASKS[task.kind].becomes or task.kind,
         "max_length": trainer.objective.max_length,
-        "columns": dict(trainer.config.task.columns),
+        "columns": dict(task.columns),
+        **({"settings": {name: getattr(task, name) for name in kept}} if kept else {}),
         "base_model": trainer.config.model,
         "fulltune_version": __version__,
         "run": str(trainer.folder),

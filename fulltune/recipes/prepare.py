@@ -187,6 +187,7 @@ def make_objective(
         special_tokens=task.special_tokens,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        of_kind={name: getattr(task, name) for name in TASKS[task.kind].settings},
     )
     return make_task_objective(task.kind, settings)
 
@@ -265,8 +266,13 @@ def encode_task(
         validation = encode([wanted.source])
         sources.append(_describe_source(wanted.source, validation.num_records))
     joined = JoinedDataset([train] if validation is None else [train, validation])
-    notes = (f"rows read as {train.format}", *_notes_on_rows(joined, task))
-    return EncodedTask(train, validation, joined, notes, sources)
+    notes = [f"rows read as {train.format}", *_notes_on_rows(joined, task)]
+    if task.kind == "question_answering" and len(joined) > joined.num_records:
+        notes.append(
+            f"{joined.num_records:,} questions in {len(joined):,} windows of at most "
+            f"{objective.max_length:,} tokens, of which examples are counted"
+        )
+    return EncodedTask(train, validation, joined, tuple(notes), sources)
 
 
 def split_task(

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fulltune.config import build_config, read_values
 from fulltune.data.arranged import JoinedExamples
+from fulltune.data.encoding import EncodedExample
 from fulltune.data.joined import JoinedDataset
 from fulltune.data.loader import Loader
 from fulltune.data.padding import measure_padding
@@ -23,6 +24,7 @@ from fulltune.data.preview_view import (
     render_terminal,
     view_tokens,
 )
+from fulltune.data.tasks import TASKS, Example, QuestionExample
 from fulltune.errors import ConfigError
 from fulltune.memory.plan import MICRO_BATCH_TOKENS
 from fulltune.models.presets import is_new_model
@@ -178,7 +180,7 @@ def make_samples(
     examples = find_examples(config.task, wheres, include_validation=False)
     objective = prepared.objective
     whole = objective
-    if config.task.kind != "text":  # a text is cut into windows, and nothing of it is removed
+    if not TASKS[config.task.kind].windows:  # nothing is removed from what is cut into them
         whole = replace(cast(Any, objective), max_length=UNLIMITED)
 
     def decode(ids: list[int]) -> str:
@@ -188,7 +190,10 @@ def make_samples(
     for where in dict.fromkeys(wheres):
         if where not in examples:
             continue
-        encoded = whole.encode(examples[where])[0]
+        # The window that teaches the most: that of an answer, and not one where it is not. What
+        # says that it is not there is the first token or the last.
+        windows = whole.encode(examples[where])
+        encoded = max(windows, key=lambda window: sum(window["targets"][1:-1]))
         kept = min(len(encoded["input_ids"]), objective.max_length)
         shown = slice(0, kept + MAX_SHOWN_REMOVED)
         input_ids = encoded["input_ids"][shown]
@@ -196,5 +201,13 @@ def make_samples(
         missing = widths.get(places[where], kept) - kept
         padding = TokenView(str(objective.tokenizer.pad_token), "padding")
         tokens += [padding] * missing
-        views.append(SampleView(where, ", ".join(encoded["labels"]) or None, tokens))
+        title = _what_is_learned(examples[where], encoded)
+        views.append(SampleView(where, title, tokens))
     return views
+
+
+def _what_is_learned(example: Example, encoded: EncodedExample) -> str | None:
+    """What belongs to an example and stands nowhere in its tokens, or not plainly."""
+    if isinstance(example, QuestionExample):
+        return example.answers[0].text if example.answers else "no answer in the context"
+    return ", ".join(encoded["labels"]) or None

@@ -16,6 +16,7 @@ _TAGS = {
     "classification": ["text-classification"],
     "multi_label": ["text-classification", "multi-label"],
     "regression": ["text-classification", "regression"],
+    "question_answering": ["question-answering"],
 }
 
 _HUB_LICENCES = frozenset(
@@ -34,6 +35,8 @@ _LIMITS = {
     "classification": "it gives one of its labels to any text, also to text unlike its data",
     "multi_label": "it knows no other labels than those of its data",
     "regression": "it gives a number to any text, also to text unlike its data",
+    "question_answering": "it answers with a piece of the context it is given, whether or not that "
+    "is true",
 }
 
 
@@ -122,7 +125,7 @@ def _front_matter(manifest: Mapping[str, Any], task: str) -> str:
 
 def _opening(manifest: Mapping[str, Any], task: str) -> str:
     base = f"`{_line(manifest['base_model'])}`" if manifest.get("base_model") else "a base model"
-    for_task = f" for {task}" if task else ""
+    for_task = f" for {task.replace('_', ' ')}" if task else ""
     sentence = f"{base} fine-tuned{for_task} with fulltune."
     total, trained = manifest.get("num_parameters"), manifest.get("num_trained_parameters")
     if total and trained:

@@ -68,6 +68,7 @@ _NAMES = {
     "macro_f1": "macro F1",
     "weighted_f1": "weighted F1",
     "matthews": "Matthews correlation",
+    "f1": "F1",
     "lr": "learning rate",
 }
 
