@@ -8,7 +8,8 @@ and target are then tokenized apart, as generation meets them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
 from fulltune.data import chat
 from fulltune.data.encoding import EncodedExample, content_hash
@@ -18,9 +19,6 @@ from fulltune.errors import DataError, ModelError
 from fulltune.objectives.base import tokenizer_fingerprint
 from fulltune.objectives.causal_lm import CausalLM, too_long_error
 from fulltune.objectives.sequence_to_sequence import encode_text, pair_too_long_error
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class PromptedLM(CausalLM):
         if not isinstance(example, SourceTargetExample):
             return super().encode(example)
         assert example.target is not None, "only prediction does without the target"
-        prompt, targets, after = self._encode_pair(example, example.source)
+        prompt, targets, after = self._encode_pair(example)
         whole_length, num_targets = len(prompt), len(targets)
         kept = targets[: self.max_target_length]
         room = min(self.max_length, self.context - len(kept))
@@ -125,6 +123,15 @@ class PromptedLM(CausalLM):
         return self._shortened(example, room)
 
     def _encode_prompt(self, example: SourceTargetExample, source: str) -> list[int]:
+        ids = self._encode_source(example, source)
+        if not self.tokenizer.chat_template:
+            return [*self._leading_ids, *ids]
+        turns = [Message("user", self.prompt.replace(SOURCE_FIELD, source))]
+        segments = chat.render_prompt(self.tokenizer, turns, where=example.where)
+        return chat.encode_segments(self.tokenizer, segments)[0]
+
+    def _encode_source(self, example: SourceTargetExample, source: str) -> list[int]:
+        """Tokens of the prompt as a plain text, of which the source must have some."""
         before, _, after = self.prompt.partition(SOURCE_FIELD)
         ids, _ = encode_text(
             self.tokenizer,
@@ -135,17 +142,10 @@ class PromptedLM(CausalLM):
             where=example.where,
             refuse=self.special_tokens == "error",
         )
-        if not self.tokenizer.chat_template:
-            return [*_leading_ids(self.tokenizer), *ids]
-        turns = [Message("user", before + source + after)]
-        segments = chat.render_prompt(self.tokenizer, turns, where=example.where)
-        return chat.encode_segments(self.tokenizer, segments)[0]
+        return ids
 
-    def _encode_pair(
-        self, example: SourceTargetExample, source: str
-    ) -> tuple[list[int], list[int], list[int]]:
+    def _encode_pair(self, example: SourceTargetExample) -> tuple[list[int], list[int], list[int]]:
         """Tokens of the prompt, of the target, and of what a chat template writes after it."""
-        prompt = self._encode_prompt(example, source)
         assert example.target is not None
         if self.special_tokens == "error":
             refuse_special_text_in(
@@ -153,14 +153,23 @@ class PromptedLM(CausalLM):
             )
         if not self.tokenizer.chat_template:
             ids, _ = encode_between(self.tokenizer, example.target)
+            prompt = self._encode_prompt(example, example.source)
             return prompt, [*ids, int(self.tokenizer.eos_token_id)], []
-        asked = Message("user", self.prompt.replace(SOURCE_FIELD, source))
+        self._encode_source(example, example.source)
+        asked = Message("user", self.prompt.replace(SOURCE_FIELD, example.source))
         turns = [asked, Message("assistant", example.target)]
         segments = chat.render_conversation(self.tokenizer, turns, where=example.where)
         ids, targets = chat.encode_segments(self.tokenizer, segments)
         start = targets.index(1)
         stop = start + sum(targets)
         return ids[:start], ids[start:stop], ids[stop:]
+
+    @cached_property
+    def _leading_ids(self) -> list[int]:
+        """What the tokenizer puts before a text, such as Llama's `<s>`."""
+        whole = list(self.tokenizer("a")["input_ids"])
+        alone = self.tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
+        return whole[: whole.index(alone[0])] if alone and alone[0] in whole else []
 
     def _shortened(self, example: SourceTargetExample, room: int) -> list[int]:
         """The prompt of as much of a source as fits.
@@ -190,10 +199,3 @@ def with_room(objective: PromptedLM, num_tokens: int) -> PromptedLM:
     """
     room = max(objective.context - num_tokens, objective.context // 2)
     return replace(objective, max_length=min(objective.max_length, room))
-
-
-def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text, such as Llama's `<s>`."""
-    whole = list(tokenizer("a")["input_ids"])
-    alone = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids
-    return whole[: whole.index(alone[0])] if alone and alone[0] in whole else []
