@@ -147,15 +147,16 @@ class PromptedLM(CausalLM):
     def _encode_pair(self, example: SourceTargetExample) -> tuple[list[int], list[int], list[int]]:
         """Tokens of the prompt, of the target, and of what a chat template writes after it."""
         assert example.target is not None
+        source_ids = self._encode_source(example, example.source)
         if self.special_tokens == "error":
             refuse_special_text_in(
                 self.tokenizer, example.target, name="target", where=example.where
             )
         if not self.tokenizer.chat_template:
             ids, _ = encode_between(self.tokenizer, example.target)
-            prompt = self._encode_prompt(example, example.source)
-            return prompt, [*ids, int(self.tokenizer.eos_token_id)], []
-        self._encode_source(example, example.source)
+            end = self.tokenizer.eos_token_id
+            assert isinstance(end, int)
+            return [*self._leading_ids, *source_ids], [*ids, end], []
         asked = Message("user", self.prompt.replace(SOURCE_FIELD, example.source))
         turns = [asked, Message("assistant", example.target)]
         segments = chat.render_conversation(self.tokenizer, turns, where=example.where)

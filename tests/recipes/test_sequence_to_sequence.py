@@ -190,7 +190,8 @@ def test_preview_shows_source_target_and_what_truncation_removes(
         assert preview.run(config, num_samples=2, console=console)
         text = console.export_text()
         assert "⟦red" in text
-        assert "The red ho~~use 0 of Paris~~" in text
+        removed = "The red ho~~use 0 of Paris~~</s>" if prefix else "27是wh~~ite~~<|im_end|>"
+        assert removed in text
         assert "truncated" in text
 
 
