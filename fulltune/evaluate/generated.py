@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedModel
 
 from fulltune.data.tasks import ChatExample, Example, Message, SourceTargetExample
@@ -18,6 +20,7 @@ from fulltune.objectives.prompted_lm import PromptedLM
 from fulltune.objectives.sequence_to_sequence import SequenceToSequence, split_pair
 
 TextToText: TypeAlias = SequenceToSequence | PromptedLM
+Indices: TypeAlias = Sequence[int] | npt.NDArray[np.int64]
 
 SHORTEST_LIMIT = 16
 SAMPLE_TOKENS = 64
@@ -39,7 +42,7 @@ def score_generated(
     model: PreTrainedModel,
     objective: TextToText,
     dataset: Examples,
-    indices: Sequence[int],
+    indices: Indices,
     *,
     settings: GenerationSettings | None = None,
     tokenize: Tokenization = "auto",
@@ -94,7 +97,7 @@ def score_generated(
 
 
 def default_settings(
-    objective: TextToText, dataset: Examples, indices: Sequence[int]
+    objective: TextToText, dataset: Examples, indices: Indices
 ) -> GenerationSettings:
     """Greedy answers of at most twice the longest target's tokens, and no more than were trained.
 

@@ -78,7 +78,8 @@ def text_scores(
             hint="give a validation split that is not empty",
         )
     require_text_metrics()
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     answers = [answer.strip() for answer in answers]
     references = [reference.strip() for reference in references]

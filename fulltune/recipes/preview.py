@@ -241,9 +241,13 @@ def view_pair(
     num_removed = len(source) - len(kept_source)
     num_after = len(kept_source) - num_before
     num_cut = len(target) - len(kept_target)
-    states: list[TokenState] = [
-        *["context"] * num_before, *["truncated"] * num_removed, *["context"] * num_after,
-        *["trained"] * len(kept_target), *["truncated"] * num_cut,
-    ]  # fmt: skip
-    states += ["context"] * (len(encoded["input_ids"]) - len(states))
+    runs: list[tuple[TokenState, int]] = [
+        ("context", num_before),
+        ("truncated", num_removed),
+        ("context", num_after),
+        ("trained", len(kept_target)),
+        ("truncated", num_cut),
+        ("context", len(encoded["input_ids"]) - len(source) - len(target)),
+    ]
+    states = [state for state, count in runs for _ in range(count)]
     return view_states(decode, encoded["input_ids"], states)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 
 from fulltune.errors import ConfigError, DataError
 from fulltune.evaluate.text_metrics import (
