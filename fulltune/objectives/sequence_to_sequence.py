@@ -233,8 +233,9 @@ def encode_text(
     if refuse:
         refuse_special_text_in(tokenizer, text, name=name, where=where)
     ids, offsets = encode_between(tokenizer, text, before=before, after=after)
-    inside = range(len(before), len(before) + len(text))
-    if not any(start in inside and end > start for start, end in offsets):
+    begin, stop = len(before), len(before) + len(text)
+    # The token of a first word may begin with the space before it.
+    if not any(start < stop and end > max(start, begin) for start, end in offsets):
         raise DataError(
             f"{where}: `{name}` has no tokens", hint="drop the row, or fill the field in"
         )

@@ -118,6 +118,16 @@ def test_a_decoder_without_a_chat_template_gets_a_plain_prompt(
     assert split_pair(spaced.encode(PAIRS[0])[0])[0] == spaced.prompt_ids(PAIRS[0])
 
 
+@pytest.mark.parametrize("family", ["tiny_t5", "tiny_llama"])
+def test_a_source_of_one_token_has_tokens_whatever_stands_before_it(
+    request: pytest.FixtureRequest, family: str
+) -> None:
+    setting = {"prefix": "The"} if family == "tiny_t5" else {"prompt": "The{source}"}
+    objective = make_objective(request.getfixturevalue(family), **setting)
+    for source in (" dog", "狗", "s"):
+        assert objective.encode(SourceTargetExample(source, "one", "pairs.jsonl:1"))
+
+
 def test_truncation_cuts_the_source_and_never_what_stands_around_it(
     tiny_t5: Path, tiny_llama: Path
 ) -> None:
