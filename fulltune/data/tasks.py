@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fulltune.config import Settings
 
@@ -104,6 +104,18 @@ class QuestionExample:
     """The data's own name of the question."""
 
 
+@dataclass(frozen=True, slots=True)
+class SourceTargetExample:
+    """A text and what is to be written for it. ``target`` is None only when predicting."""
+
+    source: str
+    target: str | None
+    where: str
+
+
+SOURCE_FIELD = "{source}"
+"""Where the source stands in a prompt."""
+
 Example: TypeAlias = (
     ChatExample
     | TextExample
@@ -112,6 +124,7 @@ Example: TypeAlias = (
     | MultiLabelExample
     | RegressionExample
     | QuestionExample
+    | SourceTargetExample
 )
 TaskKind: TypeAlias = Literal[
     "chat",
@@ -121,6 +134,7 @@ TaskKind: TypeAlias = Literal[
     "multi_label",
     "regression",
     "question_answering",
+    "sequence_to_sequence",
 ]
 
 Supervision: TypeAlias = Literal["tokens", "labels", "numbers"]
@@ -154,6 +168,8 @@ class Task:
     """The kind that a trained model is used as, where that is another one."""
     windows: bool = False
     """Whether a long example is cut into windows that lose nothing of it."""
+    generated_metrics: tuple[str, ...] = ()
+    """Metrics of answers that are generated for it, where that is asked for."""
 
 
 ANSWER_SETTINGS = ("stride", "longest_answer", "no_answer", "repeated_answer", "answer_units")
@@ -232,11 +248,23 @@ TASKS: dict[TaskKind, Task] = {
         settings=("too_long", *ANSWER_SETTINGS),
         windows=True,
     ),
+    "sequence_to_sequence": Task(
+        kind="sequence_to_sequence",
+        summary="a text for a text: translation, summaries; the target is trained",
+        fields=("source", "target"),
+        optional_fields=(),
+        metrics=("loss", "perplexity", "retention_loss"),
+        supervision="tokens",
+        answer="target",
+        settings=("too_long", "special_tokens", "max_target_length", "prefix", "prompt"),
+        answers=True,
+        generated_metrics=("bleu", "chrf", "rouge1", "rouge2", "rouge_lsum", "exact_match"),
+    ),
 }
 
 SETTINGS_OF_SOME = (
     *("labels", "too_long", "template", "special_tokens", "loss", "class_weights"),
-    "dpo_beta",
+    *("dpo_beta", "max_target_length", "prefix", "prompt"),
     *ANSWER_SETTINGS,
 )
 """Settings of a task that have an effect on some kinds only; `Task.settings` says on which."""
@@ -264,6 +292,9 @@ class TaskConfig(Settings):
         "multi_label",
         "regression",
         "question_answering",
+        "source_target",
+        "summary",
+        "translation",
     ] = "auto"
     """How rows are laid out; `auto` recognises it from the first rows and says so."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -277,7 +308,17 @@ class TaskConfig(Settings):
     """Classification: what an example of each class counts for; `balanced` gives rare classes as
     much as frequent ones, null counts all the same."""
     max_length: Annotated[int, Field(ge=2)] | None = None
-    """Longest example in tokens; null is the model's context length."""
+    """Longest example in tokens; null is the model's context length. Sequence to sequence: longest
+    source, with its prefix or prompt."""
+    max_target_length: Annotated[int, Field(ge=2)] | None = None
+    """Sequence to sequence: longest target in tokens; null is the model's context length."""
+    prefix: str | None = None
+    """Sequence to sequence on encoder-decoders: stands before every source, such as `translate
+    English to German: `, its last space included."""
+    prompt: str | None = None
+    """Sequence to sequence on decoders: what the model is asked, with `{source}` in it. Where the
+    tokenizer has a chat template it is the user's turn, by default `{source}` alone; otherwise it
+    is plain text, by default `{source}` and a line end."""
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What happens to an example longer than `max_length`. Documents of `text` and contexts of
     questions are always cut into windows instead, losing nothing; of a question that leaves too
@@ -288,8 +329,9 @@ class TaskConfig(Settings):
     """Chat: a Jinja file, or `chatml`, for a model without a chat template; null uses its own.
     `chatml` adds `<|im_start|>` and `<|im_end|>` to a model that lacks them."""
     special_tokens: Literal["error", "text"] = "error"
-    """Chat: what happens to a message that holds the text of a special token, such as `<|im_end|>`;
-    `text` encodes it letter by letter. It never becomes the token."""
+    """Chat, sequence to sequence: what happens to a message, source or target that holds the text
+    of a special token, such as `<|im_end|>`; `text` encodes it letter by letter. It never becomes
+    the token."""
     stride: Annotated[int, Field(ge=0)] | None = None
     """Question answering: tokens that neighbouring windows of a long context share; null is a
     quarter of `max_length`."""
@@ -306,3 +348,13 @@ class TaskConfig(Settings):
     or Chinese `characters` by those of CMRC 2018."""
     deduplicate: bool = False
     """Drop examples that repeat an earlier one exactly."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _holds_the_source_once(cls, prompt: str | None) -> str | None:
+        if prompt is not None and prompt.count(SOURCE_FIELD) != 1:
+            raise ValueError(
+                f"it must hold `{SOURCE_FIELD}` once; write for example "
+                f"`Translate to French: {SOURCE_FIELD}`"
+            )
+        return prompt

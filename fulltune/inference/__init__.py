@@ -16,6 +16,7 @@ from fulltune.inference.generation import (
     GenerationSettings,
     Stream,
     generate,
+    generate_from_ids,
     generate_text,
 )
 from fulltune.inference.labelling import Prediction, classify
@@ -39,6 +40,7 @@ __all__ = [
     "combine_windows",
     "cut_into_batches",
     "generate",
+    "generate_from_ids",
     "generate_text",
     "in_chunks",
     "load_for_inference",

@@ -6,18 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from fulltune.data.tasks import ANSWER_SETTINGS, TaskKind
+from fulltune.data.tasks import ANSWER_SETTINGS, SOURCE_FIELD, TaskKind
 from fulltune.errors import ConfigError, ModelError
 from fulltune.models.families import Family, family_of
-from fulltune.models.loading import offers_head, require_head
+from fulltune.models.loading import context_length, offers_head, require_head
 from fulltune.objectives.base import Objective, TooLong
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification, ClassificationLoss
 from fulltune.objectives.multi_label import MultiLabel
 from fulltune.objectives.preference import Preference
+from fulltune.objectives.prompted_lm import PromptedLM
 from fulltune.objectives.question_answering import QuestionAnswering
 from fulltune.objectives.question_windows import require_offsets
 from fulltune.objectives.regression import Regression
+from fulltune.objectives.sequence_to_sequence import SequenceToSequence
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -40,6 +42,9 @@ class ObjectiveSettings:
     loss: ClassificationLoss = "cross_entropy"
     beta: float = 0.1
     special_tokens: Literal["error", "text"] = "error"
+    max_target_length: int | None = None
+    prefix: str | None = None
+    prompt: str | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     of_kind: Mapping[str, Any] = field(default_factory=dict)
@@ -51,7 +56,7 @@ class TaskObjective:
     """How a kind of task is trained and scored."""
 
     head: Head
-    """What the model is loaded to predict."""
+    """What a model is loaded to predict."""
     make: Callable[[ObjectiveSettings], Objective]
     can: Callable[[Family], bool] = lambda family: True
     """Whether models of a family can do it."""
@@ -59,6 +64,18 @@ class TaskObjective:
     """Whether `label_smoothing` has an effect."""
     bounds_logits: bool = False
     """Whether `z_loss` has an effect."""
+    encoder_decoder_head: Head | None = None
+    """What an encoder-decoder is loaded to predict instead."""
+
+    def head_of(self, config: PretrainedConfig) -> Head:
+        """What a model of this configuration is loaded to predict."""
+        is_two_sided = bool(getattr(config, "is_encoder_decoder", False))
+        return (self.encoder_decoder_head if is_two_sided else None) or self.head
+
+    def offered_for(self, model_type: str) -> bool:
+        """Whether transformers has a model of this type with such a head."""
+        heads = [head for head in (self.head, self.encoder_decoder_head) if head is not None]
+        return any(offers_head(model_type, head) for head in heads)
 
 
 def _causal_lm(settings: ObjectiveSettings) -> CausalLM:
@@ -127,8 +144,50 @@ def _question_answering(settings: ObjectiveSettings) -> QuestionAnswering:
     )
 
 
+def _sequence_to_sequence(settings: ObjectiveSettings) -> SequenceToSequence | PromptedLM:
+    context = context_length(settings.config)
+    if settings.config.is_encoder_decoder:
+        if settings.prompt is not None:
+            raise ConfigError(
+                "`task.prompt` has no effect on an encoder-decoder, whose encoder reads the source",
+                hint="write what is to stand before it as `task.prefix`",
+            )
+        return SequenceToSequence(
+            settings.tokenizer,
+            settings.max_length,
+            settings.max_target_length or context,
+            prefix=settings.prefix or "",
+            too_long=settings.too_long,
+            special_tokens=settings.special_tokens,
+            label_smoothing=settings.label_smoothing,
+            z_loss=settings.z_loss,
+        )
+    if settings.prefix is not None:
+        raise ConfigError(
+            "`task.prefix` has no effect on a decoder, which is prompted",
+            hint=f"write `task.prompt: '{settings.prefix}{SOURCE_FIELD}'`",
+        )
+    has_template = bool(settings.tokenizer.chat_template)
+    return PromptedLM(
+        settings.tokenizer,
+        settings.max_length,
+        settings.too_long,
+        packing=family_of(settings.config).can_pack,
+        label_smoothing=settings.label_smoothing,
+        z_loss=settings.z_loss,
+        special_tokens=settings.special_tokens,
+        prompt=settings.prompt or (SOURCE_FIELD if has_template else f"{SOURCE_FIELD}\n"),
+        max_target_length=settings.max_target_length or context,
+        context=context,
+    )
+
+
 def _predicts_the_next_token(family: Family) -> bool:
     return family.can_generate
+
+
+def _writes(family: Family) -> bool:
+    return family.can_generate or family.has_decoder
 
 
 OF_TASK: dict[TaskKind, TaskObjective] = {
@@ -139,6 +198,14 @@ OF_TASK: dict[TaskKind, TaskObjective] = {
     "multi_label": TaskObjective("multi_label", _multi_label),
     "regression": TaskObjective("regression", _regression),
     "question_answering": TaskObjective("question_answering", _question_answering),
+    "sequence_to_sequence": TaskObjective(
+        "causal_lm",
+        _sequence_to_sequence,
+        _writes,
+        smooths_labels=True,
+        bounds_logits=True,
+        encoder_decoder_head="sequence_to_sequence",
+    ),
 }
 
 
@@ -147,7 +214,7 @@ def kinds_of(family: Family, model_type: str | None = None) -> list[TaskKind]:
     return [
         kind
         for kind, task in OF_TASK.items()
-        if task.can(family) and (model_type is None or offers_head(model_type, task.head))
+        if task.can(family) and (model_type is None or task.offered_for(model_type))
     ]
 
 
@@ -173,5 +240,15 @@ def make_task_objective(kind: TaskKind, settings: ObjectiveSettings) -> Objectiv
             f"a model of type `{settings.config.model_type}`{lacks} cannot do `task.kind: {kind}`",
             hint=f"it can do {possible}; `fulltune models` says what others can",
         )
-    require_head(settings.config, task.head)
+    require_head(settings.config, task.head_of(settings.config))
     return task.make(settings)
+
+
+def info_of(objective: Objective) -> dict[str, Any]:
+    """What a model's `fulltune.json` must hold besides its kind and `max_length`.
+
+    With it, examples are encoded in prediction as they were in training.
+    """
+    if isinstance(objective, SequenceToSequence | PromptedLM):
+        return objective.info
+    return {}

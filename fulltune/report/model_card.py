@@ -17,6 +17,7 @@ _TAGS = {
     "multi_label": ["text-classification", "multi-label"],
     "regression": ["text-classification", "regression"],
     "question_answering": ["question-answering"],
+    "sequence_to_sequence": ["text2text-generation"],
 }
 
 _HUB_LICENCES = frozenset(
@@ -37,6 +38,8 @@ _LIMITS = {
     "regression": "it gives a number to any text, also to text unlike its data",
     "question_answering": "it answers with a piece of the context it is given, whether or not that "
     "is true",
+    "sequence_to_sequence": "it writes something for any text, also for text unlike its data, and "
+    "may state what the text does not say",
 }
 
 
@@ -47,7 +50,7 @@ def render_model_card(manifest: Mapping[str, Any]) -> str:
         manifest: of the run. Used where present: `name`, `base_model`, `base_model_hash`,
             `licence`, `task`, `data`, `settings`, `results`, `versions`, `machine`,
             `duration_seconds`, `num_parameters`, `num_trained_parameters`, `weight_change`,
-            `base_model_on_hub`.
+            `base_model_on_hub`, `signatures`.
     """
     task = str(manifest.get("task") or "")
     parts = [
@@ -59,6 +62,9 @@ def render_model_card(manifest: Mapping[str, Any]) -> str:
     if manifest.get("results"):
         rows = [(_words(name), _value(value)) for name, value in manifest["results"].items()]
         parts += ["## Measured results", _table(("metric", "value"), rows)]
+    if manifest.get("signatures"):
+        rows = [(name, f"`{_line(value)}`") for name, value in manifest["signatures"].items()]
+        parts.append(_table(("signature", "value"), rows))
     if manifest.get("data"):
         rows = [
             (
