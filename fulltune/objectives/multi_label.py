@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fulltune.data.encoding import EncodedExample
 from fulltune.data.tasks import Example, MultiLabelExample
@@ -47,9 +47,12 @@ class MultiLabel(DocumentReader):
 
     Args:
         labels: the classes in order.
+        label_shares: of the training documents, those that have each label; a new head begins with
+            them (`start_at_shares`). Empty where they are not known.
     """
 
     labels: tuple[str, ...] = ()
+    label_shares: tuple[float, ...] = ()
 
     @property
     def head(self) -> Literal["multi_label"]:
@@ -105,6 +108,32 @@ class MultiLabel(DocumentReader):
                 )
             ],
         )
+
+
+@torch.no_grad()
+def start_at_shares(model: PreTrainedModel, label_shares: Sequence[float]) -> bool:
+    """Let a new head begin by giving each label its share, as Lin et al., 2017, do for rare ones.
+
+    Otherwise the first steps push all labels down at once, through every layer, and a body that
+    gives all texts the same vector does that best. A head that was trained is left as it is, and so
+    is one without biases.
+
+    Returns:
+        Whether it was done.
+    """
+    heads = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+        and module.out_features == len(label_shares)
+        and module.bias is not None
+        and not module.bias.any()  # as a new one has it
+    ]
+    if not heads:
+        return False
+    shares_C = torch.tensor(label_shares).clamp(1e-4, 1 - 1e-4)
+    heads[-1].bias.copy_(shares_C.logit())
+    return True
 
 
 def _loss_sum(logits_DC: Tensor, has_label_DC: Tensor) -> Tensor:

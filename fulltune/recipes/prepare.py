@@ -35,6 +35,7 @@ from fulltune.models.loading import context_length, load_model_config, load_toke
 from fulltune.models.sources import resolve_model
 from fulltune.models.vocabulary import add_markers
 from fulltune.objectives.base import Objective
+from fulltune.objectives.multi_label import MultiLabel
 from fulltune.objectives.of_task import ObjectiveSettings, make_task_objective
 from fulltune.runtime import cache_dir, num_cores
 
@@ -224,6 +225,8 @@ def prepare(
     notes = [*encoded.notes, *([split.note] if split.note else [])]
     if TASKS[task.kind].supervision == "labels":
         objective = _with_labels(objective, dataset, train)
+        if isinstance(objective, MultiLabel):
+            objective = _with_label_shares(objective, dataset, train)
         if task.class_weights is not None:
             objective = _with_class_weights(objective, task.class_weights, dataset, train)
     ends = end_of_turn_ids(objective.tokenizer) if TASKS[task.kind].answers else set()
@@ -350,6 +353,18 @@ def _with_labels(objective: Objective, dataset: JoinedDataset, train: IntArray) 
             hint="correct the label, or name it in `task.labels`",
         )
     return objective
+
+
+def _with_label_shares(
+    objective: MultiLabel, dataset: JoinedDataset, train: IntArray
+) -> MultiLabel:
+    chosen = np.zeros(len(dataset), dtype=bool)
+    chosen[train] = True
+    codes = dataset.label_codes[np.repeat(chosen, np.diff(dataset.label_offsets))]
+    counts = np.bincount(codes, minlength=len(dataset.label_names))
+    count_of = dict(zip(dataset.label_names, counts.tolist(), strict=True))
+    shares = tuple(count_of.get(name, 0) / len(train) for name in objective.labels)
+    return replace(objective, label_shares=shares)
 
 
 def _with_class_weights(

@@ -25,6 +25,7 @@ from fulltune.models.loading import TASK_HEADS, load_model
 from fulltune.models.scope import freeze, lora_rank, require_own_weights
 from fulltune.models.vocabulary import grow_embeddings
 from fulltune.objectives.causal_lm import require_plain_head
+from fulltune.objectives.multi_label import MultiLabel, start_at_shares
 from fulltune.objectives.noise import noise_seed
 from fulltune.objectives.span_corruption import require_plain_decoder_head
 from fulltune.optim.master_weights import MasterWeights
@@ -170,6 +171,8 @@ class Trainer:
             dropout=self.config.dropout,
             seed=self.config.seed,
         )
+        if isinstance(self.objective, MultiLabel):
+            start_at_shares(model, self.objective.label_shares)
         if self.base.new_tokens:
             grow_embeddings(model, self.base.new_tokens)
         if (rank := lora_rank(self.config.scope)) is not None:

@@ -16,7 +16,7 @@ from fulltune.errors import ConfigError, DataError
 from fulltune.models.loading import Head, load_model, load_model_config, load_tokenizer
 from fulltune.objectives.classification import Classification
 from fulltune.objectives.document_reader import document_logits
-from fulltune.objectives.multi_label import MultiLabel
+from fulltune.objectives.multi_label import MultiLabel, start_at_shares
 from fulltune.objectives.of_task import ObjectiveSettings, make_task_objective
 from fulltune.objectives.regression import Regression
 
@@ -55,6 +55,22 @@ def test_the_loss_of_many_labels_is_transformers_own(tiny_bert: Path) -> None:
     scores = objective.score(model, batch)
     assert scores.loss_sum / 3 == pytest.approx(ours, rel=1e-5)
     assert [output.has_label_C.tolist() for output in scores.outputs][1] == [False] * 3
+
+
+def test_a_new_head_begins_at_the_shares_of_its_labels_and_a_trained_one_as_it_is(
+    tiny_bert: Path,
+) -> None:
+    model = load_model(
+        tiny_bert, head="multi_label", labels=LABELS, dtype=torch.float32, attention="fulltune"
+    )
+    shares = (0.5, 0.01, 0.0)
+    assert start_at_shares(model, shares)
+    torch.testing.assert_close(
+        model.classifier.bias.sigmoid(), torch.tensor(shares).clamp(1e-4), atol=1e-6, rtol=1e-5
+    )
+    before = model.classifier.bias.clone()
+    assert not start_at_shares(model, (0.2, 0.2, 0.2))
+    assert torch.equal(model.classifier.bias, before)
 
 
 def test_the_loss_of_a_number_is_transformers_own(tiny_bert: Path) -> None:
