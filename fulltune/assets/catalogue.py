@@ -241,6 +241,7 @@ ASSETS: dict[str, Asset] = {
             licence="research use",
             source="MSRA named entities (SIGHAN 2006)",
             summary="55,289 Chinese sentences as characters with BIO tags PER, LOC, ORG",
+            revision=2,
         ),
         Asset(
             "squad-sample",

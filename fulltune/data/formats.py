@@ -5,6 +5,7 @@ How conversations are read stands in `chat_formats.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from fulltune.data.chat_formats import (
 )
 from fulltune.data.records import Record
 from fulltune.data.rows import Row, listed, missing_column
+from fulltune.data.tag_formats import in_iob2, scheme_of_rows, tagged_text, tagged_words
+from fulltune.data.tags import TagScheme, scheme_name
 from fulltune.data.tasks import (
     ChatExample,
     ClassificationExample,
@@ -28,6 +31,7 @@ from fulltune.data.tasks import (
     MultiLabelExample,
     PreferenceExample,
     RegressionExample,
+    TaggingExample,
     TaskConfig,
     TaskKind,
     TextExample,
@@ -47,6 +51,8 @@ class RecordFormat:
     """Our field name -> the column's name in the data."""
     description: str
     """What is read as what, for the user to check."""
+    tag_scheme: TagScheme | None = None
+    """What tags are written in, where there are any."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class _Layout:
     description: str
     example: Callable[[Row, bool], Example]
     """A row -> what it holds; the second says whether it needs its answer or label."""
+    other_names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Names under which a field is found as well."""
 
 
 def recognise_format(
@@ -86,7 +94,13 @@ def recognise_format(
     }
     if len(fitting) == 1:
         name, columns = fitting.popitem()
-        return RecordFormat(name, columns, _describe(possible[name], columns))
+        description = _describe(possible[name], columns)
+        scheme = None
+        if config.kind == "token_classification" and needs_label:
+            rows = [Row(record, columns) for record in records]
+            scheme = scheme_of_rows(rows, config, name=name)
+            description += f"; tags are {scheme_name(scheme)}"
+        return RecordFormat(name, columns, description, scheme)
     seen = f"{_place(records[0].where)} has the columns {listed(records[0].fields)}"
     if fitting:
         raise DataError(
@@ -119,7 +133,10 @@ def make_example(
         column = columns.get(answer, answer)
         if record.fields.get(column) in (None, ""):
             columns.pop(answer, None)
-    return _LAYOUTS[format.name].example(Row(record, columns), needs_label)
+    example = _LAYOUTS[format.name].example(Row(record, columns), needs_label)
+    if format.tag_scheme is not None and isinstance(example, TaggingExample):
+        return in_iob2(example, format.tag_scheme)
+    return example
 
 
 # Recognition
@@ -171,7 +188,15 @@ def _fits(
     ):
         return False  # a single turn, beside the turns before it
     needed = _needed(layout, needs_label=needs_label)
-    return all(columns.get(field, field) in record.fields for field in needed)
+    return all(_column(layout, field, record, columns) in record.fields for field in needed)
+
+
+def _column(layout: _Layout, field: str, record: Record, columns: Mapping[str, str]) -> str:
+    """The column of a field: that which is asked for, or one of its names that the row has."""
+    if field in columns:
+        return columns[field]
+    names = (field, *layout.other_names.get(field, ()))
+    return next((name for name in names if name in record.fields), field)
 
 
 def _turns_column(name: str, record: Record, columns: Mapping[str, str]) -> str:
@@ -191,11 +216,11 @@ def _columns(
         columns = {layout.fields[0]: _turns_column(name, records[0], config.columns)}
     else:
         columns = {
-            field: config.columns.get(field, field)
+            field: _column(layout, field, records[0], config.columns)
             for field in _needed(layout, needs_label=needs_label)
         }
     for field in (*layout.fields, *layout.optional_fields):
-        column = config.columns.get(field, field)
+        column = _column(layout, field, records[0], config.columns)
         asked = field in config.columns and field != layout.answer
         there = any(column in record.fields for record in records)
         if asked and not there and needs_label:
@@ -223,9 +248,9 @@ def _unrecognised(
     for layout in possible.values():
         for record in records:
             missing = [
-                config.columns.get(field, field)
+                _column(layout, field, record, config.columns)
                 for field in _needed(layout, needs_label=needs_label)
-                if config.columns.get(field, field) not in record.fields
+                if _column(layout, field, record, config.columns) not in record.fields
             ]
             if missing and (len(possible) == 1 or config.columns):
                 return missing_column(record, missing[0], fields=layout.fields)
@@ -484,5 +509,23 @@ _LAYOUTS: dict[str, _Layout] = {
         optional_fields=("text_pair",),
         description="regression: {text}, with `text_pair` where there is one, has one {score}",
         example=_regression,
+    ),
+    "words": _Layout(
+        kind="token_classification",
+        fields=("words", "tags"),
+        answer="tags",
+        optional_fields=(),
+        description="words: {words} is a list of words with one of {tags} each",
+        example=tagged_words,
+        other_names={"words": ("tokens",), "tags": ("ner_tags",)},
+    ),
+    "spans": _Layout(
+        kind="token_classification",
+        fields=("text", "spans"),
+        answer="spans",
+        optional_fields=(),
+        description="spans: {text} has entities in {spans}, with `start`, `end` and `label`",
+        example=tagged_text,
+        other_names={"spans": ("entities",)},
     ),
 }

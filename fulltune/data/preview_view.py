@@ -17,11 +17,16 @@ from rich.text import Text
 from fulltune.data.preview_facts import TRAIN, Finding, PreviewFacts, SplitFacts
 from fulltune.data.tasks import Supervision
 
-TokenState: TypeAlias = Literal["trained", "replaced", "context", "truncated", "padding"]
+TokenState: TypeAlias = Literal[
+    "trained", "replaced", "outside", "entity", "label", "context", "truncated", "padding"
+]
 
 MEANINGS: dict[TokenState, str] = {
     "trained": "trained",
     "replaced": "read in place of what follows it",
+    "outside": "in no entity",
+    "entity": "entity: a tag is trained at the first token of each word",
+    "label": "its label",
     "context": "read, not trained",
     "truncated": "removed by truncation",
     "padding": "padding",
@@ -298,6 +303,9 @@ def _share_of(number: int, total: int) -> str:
 _STYLES: dict[TokenState, str] = {
     "trained": "green underline",
     "replaced": "magenta",
+    "outside": "green",
+    "entity": "bold cyan underline",
+    "label": "magenta",
     "context": "dim",
     "truncated": "red strike",
     "padding": "dim italic",
@@ -305,6 +313,9 @@ _STYLES: dict[TokenState, str] = {
 _MARKS: dict[TokenState, tuple[str, str]] = {
     "trained": ("⟦", "⟧"),
     "replaced": ("⟨", "⟩"),
+    "outside": ("", ""),
+    "entity": ("⟦", ""),
+    "label": ("", "⟧"),
     "context": ("", ""),
     "truncated": ("~~", "~~"),
     "padding": ("", ""),

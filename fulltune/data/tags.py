@@ -206,24 +206,16 @@ def complete_tags(tags: Iterable[str]) -> tuple[str, ...]:
     return (OUTSIDE, *(f"{letter}-{label}" for label in labels for letter in "BI"))
 
 
-def check_tags(tags: Sequence[str]) -> None:
-    """Refuse classes that are not those of IOB2.
-
-    Raises:
-        DataError: naming the tag that is none, or the one that lacks its other.
-    """
+def wrong_class(tags: Iterable[str]) -> str | None:
+    """What is wrong with tags as the classes of a model; None where they are those of IOB2."""
     known = set(tags)
-    for tag in tags:
+    for tag in sorted(known):
         match = _TAG.fullmatch(tag)
-        if tag == OUTSIDE or (match is not None and match[1] in "BI" and tag[1] == "-"):
-            continue
-        raise DataError(
-            f"`{tag}` is no tag of IOB2",
-            hint="the classes of a tagger are `O`, `B-LABEL` and `I-LABEL`",
-        )
-    for tag in tags:
+        if tag != OUTSIDE and (match is None or match[1] not in "BI" or tag[1] != "-"):
+            return f"`{tag}` is none"
         if tag.startswith("I-") and f"B-{tag[2:]}" not in known:
-            raise DataError(f"there is a tag `{tag}` but no `B-{tag[2:]}`", hint="name both")
+            return f"there is `{tag}` without `B-{tag[2:]}`"
+    return None
 
 
 # Spans of a text

@@ -80,6 +80,22 @@ class PreferenceExample:
     where: str
 
 
+@dataclass(frozen=True, slots=True)
+class TaggingExample:
+    """Words, each with a tag. ``tags`` is None only when predicting."""
+
+    words: tuple[str, ...]
+    spaces: tuple[bool, ...]
+    """Whether a space stands before each word."""
+    tags: tuple[str, ...] | None
+    """In IOB2."""
+    where: str
+    text: str | None = None
+    """What the words are cut from, where it is known."""
+    places: tuple[tuple[int, int], ...] = ()
+    """Where each word begins and ends in ``text``."""
+
+
 Example: TypeAlias = (
     ChatExample
     | TextExample
@@ -87,12 +103,17 @@ Example: TypeAlias = (
     | ClassificationExample
     | MultiLabelExample
     | RegressionExample
+    | TaggingExample
 )
 TaskKind: TypeAlias = Literal[
-    "chat", "text", "preference", "classification", "multi_label", "regression"
+    "chat",
+    "text",
+    "preference",
+    "classification",
+    "multi_label",
+    "regression",
+    "token_classification",
 ]
-
-
 Supervision: TypeAlias = Literal["tokens", "labels", "numbers"]
 
 
@@ -182,11 +203,21 @@ TASKS: dict[TaskKind, Task] = {
         answer="score",
         settings=("too_long",),
     ),
+    "token_classification": Task(
+        kind="token_classification",
+        summary="a tag for each word: entities and parts of speech",
+        fields=("words", "tags"),
+        optional_fields=("text", "spans"),
+        metrics=("span_f1", "span_precision", "span_recall", "tag_accuracy", "loss"),
+        supervision="labels",
+        answer="tags",
+        settings=("labels", "too_long", "tag_scheme"),
+    ),
 }
 
 SETTINGS_OF_SOME = (
     *("labels", "too_long", "template", "special_tokens", "loss", "class_weights"),
-    "dpo_beta",
+    *("dpo_beta", "tag_scheme"),
 )
 """Settings of a task that have an effect on some kinds only; `Task.settings` says on which."""
 
@@ -212,18 +243,24 @@ class TaskConfig(Settings):
         "classification",
         "multi_label",
         "regression",
+        "words",
+        "spans",
     ] = "auto"
     """How rows are laid out; `auto` recognises it from the first rows and says so."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our field name -> the column's name in the data, e.g. `{text: question, label: class}`."""
     labels: tuple[str, ...] | None = None
-    """Tasks with labels: they in order; null takes the sorted labels of the training split."""
+    """Tasks with labels: they in order; null takes the sorted labels of the training split. For
+    token classification they are `O` and the `B-` and `I-` tags."""
     loss: Literal["cross_entropy", "focal", "ordinal"] = "cross_entropy"
     """Classification: `focal` counts what is told well already for little, `ordinal` makes a near
     class of `labels` cost less than a far one."""
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     """Classification: what an example of each class counts for; `balanced` gives rare classes as
     much as frequent ones, null counts all the same."""
+    tag_scheme: Literal["auto", "iob2", "iob1", "bioes", "bmes", "bilou", "io"] = "auto"
+    """Token classification: how tags are written; `io` is labels alone. `auto` recognises it from
+    the first rows and says so. All are converted to IOB2 (BIO), which is what a model gives."""
     max_length: Annotated[int, Field(ge=2)] | None = None
     """Longest example in tokens; null is the model's context length."""
     too_long: Literal["error", "truncate", "drop"] = "error"

@@ -97,11 +97,11 @@ def encode_words(
         if not of_word:
             of_word = [(_unknown(tokenizer, words[place], where), "")]
         texts_of_word = [text for _, text in of_word]
-        has_space = len(of_word) > 1 and texts_of_word[0] in _SPACES
-        if has_space and place and not spaces[place]:
+        target = int(len(of_word) > 1 and texts_of_word[0] in _SPACES)
+        if target and place and not spaces[place]:
             del of_word[0]  # SentencePiece writes a space before each word it is given
-            has_space = False
-        tokens += [(token, int(number == has_space)) for number, (token, _) in enumerate(of_word)]
+            target = 0
+        tokens += [(token, int(number == target)) for number, (token, _) in enumerate(of_word)]
     room = len(tokens) if max_length is None else max(max_length - len(frame), 0)
     kept = tokens[:room]
     before, after = frame[:num_before], frame[num_before:]

@@ -14,11 +14,13 @@ import torch
 from fulltune.data.tasks import TaskKind
 from fulltune.evaluate.label_metrics import multi_label_metrics, regression_metrics
 from fulltune.evaluate.metrics import classification_metrics
+from fulltune.evaluate.tagging_metrics import tagging_metrics
 from fulltune.objectives.base import Objective
 from fulltune.objectives.classification import Classification, ClassificationOutput
 from fulltune.objectives.multi_label import MultiLabel, MultiLabelOutput
 from fulltune.objectives.preference import PreferenceOutput
 from fulltune.objectives.regression import RegressionOutput
+from fulltune.objectives.token_classification import TaggingOutput
 
 Measure: TypeAlias = Callable[[Objective, Sequence[Any]], dict[str, Any]]
 """The objective and its `Scores.outputs` of all examples -> numbers under the names of `METRICS`,
@@ -59,9 +61,18 @@ def _preference(objective: Objective, outputs: Sequence[PreferenceOutput]) -> An
     }
 
 
+def _token_classification(objective: Objective, outputs: Sequence[TaggingOutput]) -> Any:
+    measured = tagging_metrics(
+        [output.right for output in outputs], [output.predicted for output in outputs]
+    )
+    num_words = sum(len(output.right) for output in outputs)
+    return {**measured, "loss": sum(output.loss_sum for output in outputs) / num_words}
+
+
 MEASURES: dict[TaskKind, Measure] = {
     "preference": _preference,
     "classification": _classification,
     "multi_label": _multi_label,
     "regression": _regression,
+    "token_classification": _token_classification,
 }

@@ -54,6 +54,10 @@ METRICS: dict[str, Metric] = {
     "pearson": Metric("higher", "linear correlation of the numbers given and the right ones"),
     "spearman": Metric("higher", "correlation of their ranks"),
     "r2": Metric("higher", "share of the variance explained; 0 is always giving the mean"),
+    "span_f1": Metric("higher", "F1 of entities, right where both ends and the label are"),
+    "span_precision": Metric("higher", "share of the entities found that are right"),
+    "span_recall": Metric("higher", "share of the right entities that are found"),
+    "tag_accuracy": Metric("higher", "share of words whose tag is right"),
     "retention_loss": Metric("lower", "loss on a fixed general text: rises when it is forgotten"),
 }
 

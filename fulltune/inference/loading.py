@@ -120,6 +120,8 @@ def _infer_kind(
         }
         kind = kinds.get(config.problem_type, "classification")
         reason = f"its architecture is {architectures[0]}"
+    elif any(name.endswith("ForTokenClassification") for name in architectures):
+        kind, reason = "token_classification", f"its architecture is {architectures[0]}"
     elif any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         has_template = tokenizer.chat_template is not None
         kind = "chat" if has_template else "text"

@@ -11,6 +11,7 @@ from fulltune.data.tasks import (
     ClassificationExample,
     Example,
     Message,
+    TaggingExample,
     TaskKind,
     TextExample,
 )
@@ -18,9 +19,11 @@ from fulltune.inference.batches import encode_whole, score_examples
 from fulltune.inference.generation import Answer, GenerationSettings, generate, generate_text
 from fulltune.inference.labelling import classify
 from fulltune.inference.loading import Loaded
+from fulltune.inference.tagging import tag
 from fulltune.objectives.base import Objective
 from fulltune.objectives.classification import Classification
 from fulltune.objectives.multi_label import MultiLabel
+from fulltune.objectives.token_classification import TokenClassification
 
 Predict: TypeAlias = Callable[
     [Loaded, Objective, Sequence[Example], GenerationSettings | None, int], list[dict[str, Any]]
@@ -61,6 +64,21 @@ def _label(
         }
         for prediction in labelled
     ]
+
+
+def _tag(
+    loaded: Loaded,
+    objective: Objective,
+    examples: Sequence[Example],
+    settings: GenerationSettings | None,
+    batch_tokens: int,
+) -> list[dict[str, Any]]:
+    return tag(
+        loaded.model,
+        cast(TokenClassification, objective),
+        cast(Sequence[TaggingExample], examples),
+        batch_tokens=batch_tokens,
+    )
 
 
 def _answer(
@@ -146,6 +164,7 @@ PREDICTORS: dict[TaskKind, Predictor] = {
     "classification": Predictor(_label, rows=512, generates=False),
     "multi_label": Predictor(_label_each, rows=512, generates=False),
     "regression": Predictor(_give_score, rows=512, generates=False),
+    "token_classification": Predictor(_tag, rows=512, generates=False),
 }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from fulltune.data.tags import complete_tags, wrong_class
 from fulltune.data.tasks import TaskKind
+from fulltune.data.word_pieces import require_word_ids
 from fulltune.errors import ConfigError, ModelError
 from fulltune.models.families import Family, family_of
 from fulltune.objectives.base import Objective, TooLong
@@ -15,6 +17,7 @@ from fulltune.objectives.classification import Classification, ClassificationLos
 from fulltune.objectives.multi_label import MultiLabel
 from fulltune.objectives.preference import Preference
 from fulltune.objectives.regression import Regression
+from fulltune.objectives.token_classification import TokenClassification
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -54,6 +57,8 @@ class TaskObjective:
     """Whether `label_smoothing` has an effect."""
     bounds_logits: bool = False
     """Whether `z_loss` has an effect."""
+    classes: Callable[[Iterable[str]], tuple[str, ...]] = tuple
+    """The labels of the training data -> those of the model."""
 
 
 def _causal_lm(settings: ObjectiveSettings) -> CausalLM:
@@ -109,6 +114,23 @@ def _regression(settings: ObjectiveSettings) -> Regression:
     return Regression(**_reader(settings))
 
 
+def _token_classification(settings: ObjectiveSettings) -> TokenClassification:
+    require_word_ids(settings.tokenizer)
+    if problem := wrong_class(settings.labels):
+        raise ModelError(
+            f"the classes of a tagger are tags of IOB2, but {problem}",
+            hint="they are `O`, and `B-LABEL` with or without `I-LABEL` of each label",
+        )
+    return TokenClassification(
+        settings.tokenizer,
+        settings.labels,
+        settings.max_length,
+        too_long=settings.too_long,
+        packing=family_of(settings.config).can_pack,
+        label_smoothing=settings.label_smoothing,
+    )
+
+
 def _predicts_the_next_token(family: Family) -> bool:
     return family.can_generate
 
@@ -120,6 +142,12 @@ OF_TASK: dict[TaskKind, TaskObjective] = {
     "classification": TaskObjective("classification", _classification, smooths_labels=True),
     "multi_label": TaskObjective("multi_label", _multi_label),
     "regression": TaskObjective("regression", _regression),
+    "token_classification": TaskObjective(
+        "token_classification",
+        _token_classification,
+        smooths_labels=True,
+        classes=complete_tags,
+    ),
 }
 
 

@@ -23,6 +23,7 @@ from fulltune.data.preview_view import (
     render_terminal,
     view_tokens,
 )
+from fulltune.data.tag_view import view_tags, with_entities
 from fulltune.errors import ConfigError
 from fulltune.memory.plan import MICRO_BATCH_TOKENS
 from fulltune.models.presets import is_new_model
@@ -169,7 +170,11 @@ def make_samples(
             packs, nothing.
     """
     assert isinstance(prepared.dataset, JoinedDataset)
-    chosen = prepared.train[: max(num_samples - 1, 1)].tolist() if num_samples else []
+    telling = prepared.train
+    if prepared.facts.tags:
+        telling = with_entities(prepared.dataset, prepared.train)
+        telling = telling if len(telling) else prepared.train
+    chosen = telling[: max(num_samples - 1, 1)].tolist() if num_samples else []
     if num_samples > 1 and len(prepared.train) > len(chosen):
         removed = prepared.dataset.num_removed[prepared.train]
         longest = prepared.dataset.lengths[prepared.train] + removed
@@ -193,9 +198,17 @@ def make_samples(
         kept = min(len(encoded["input_ids"]), objective.max_length)
         shown = slice(0, kept + MAX_SHOWN_REMOVED)
         input_ids = encoded["input_ids"][shown]
-        tokens = view_tokens(decode, input_ids, encoded["targets"][shown], kept)
+        targets = encoded["targets"][shown]
+        if prepared.facts.tags:
+            special = set(objective.tokenizer.all_special_ids)
+            tokens = view_tags(
+                decode, input_ids, targets, encoded["labels"], kept, special_ids=special
+            )
+        else:
+            tokens = view_tokens(decode, input_ids, targets, kept)
         missing = widths.get(places[where], kept) - kept
         padding = TokenView(str(objective.tokenizer.pad_token), "padding")
         tokens += [padding] * missing
-        views.append(SampleView(where, ", ".join(encoded["labels"]) or None, tokens))
+        label = None if prepared.facts.tags else ", ".join(encoded["labels"])
+        views.append(SampleView(where, label or None, tokens))
     return views

@@ -16,6 +16,7 @@ _TAGS = {
     "classification": ["text-classification"],
     "multi_label": ["text-classification", "multi-label"],
     "regression": ["text-classification", "regression"],
+    "token_classification": ["token-classification"],
 }
 
 _HUB_LICENCES = frozenset(
@@ -34,6 +35,7 @@ _LIMITS = {
     "classification": "it gives one of its labels to any text, also to text unlike its data",
     "multi_label": "it knows no other labels than those of its data",
     "regression": "it gives a number to any text, also to text unlike its data",
+    "token_classification": "it knows the labels of its data alone, and no entity within another",
 }
 
 

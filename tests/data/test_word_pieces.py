@@ -1,0 +1,100 @@
+"""Each word has one token at which its tag is learned, in every kind of tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fulltune.data.tokenizers import TokenizerConfig, train_tokenizer
+from fulltune.data.word_pieces import WordPieces, encode_words, require_word_ids
+from fulltune.data.words import spaces_before
+from fulltune.errors import DataError, ModelError
+
+CHINESE = list("法国的首都是巴黎")
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, words: list[str], **options: int) -> WordPieces:
+    return encode_words(tokenizer, words, spaces_before(words), where="a:1", **options)
+
+
+def targets_of(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[str]:
+    """The tokens of the text, those that are targets in brackets."""
+    pieces = pieces_of(tokenizer, words)
+    assert sum(pieces.is_target) == pieces.num_words == len(words)
+    tokens = tokenizer.convert_ids_to_tokens(pieces.input_ids)
+    return [f"[{t}]" if target else t for t, target in zip(tokens, pieces.is_target, strict=True)]
+
+
+def test_wordpiece_learns_at_the_first_piece_of_each_word(tiny_bert: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    assert targets_of(tokenizer, ["Riverside", "is", "red"]) == [
+        "[CLS]", "[river]", "##s", "##id", "##e", "[is]", "[red]", "[SEP]",
+    ]  # fmt: skip
+    assert targets_of(tokenizer, CHINESE) == [
+        "[CLS]", *(f"[{character}]" for character in CHINESE), "[SEP]",
+    ]  # fmt: skip
+    pieces = pieces_of(tokenizer, ["the", "river"])
+    assert pieces.token_type_ids == [0] * 4
+
+
+def test_byte_level_words_are_those_of_running_text(tiny_gpt2: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    words = ["The", "capital", "of", "Rome"]
+    pieces = pieces_of(tokenizer, words)
+    assert pieces.input_ids == tokenizer("The capital of Rome")["input_ids"]
+    assert [t for t in targets_of(tokenizer, words) if t.startswith("[")][:2] == [
+        "[The]",
+        "[Ġcapital]",
+    ]
+    # A Chinese character is up to three tokens, and no space is put before it.
+    pieces = pieces_of(tokenizer, CHINESE)
+    assert tokenizer.decode(pieces.input_ids) == "".join(CHINESE)
+    assert pieces.token_type_ids == []
+
+
+def test_sentencepiece_gets_no_space_between_characters() -> None:
+    texts = ["the river is red", "".join(CHINESE)]
+    config = TokenizerConfig(family="xlnet", algorithm="characters")
+    tokenizer = train_tokenizer(texts, config)
+    assert targets_of(tokenizer, CHINESE) == [
+        "▁", *(f"[{character}]" for character in CHINESE), "<sep>", "<cls>",
+    ]  # fmt: skip
+    assert targets_of(tokenizer, ["the", "red"]) == [
+        "▁", "[t]", "h", "e", "▁", "[r]", "e", "d", "<sep>", "<cls>",
+    ]  # fmt: skip
+    pieces = pieces_of(tokenizer, ["the"])
+    assert pieces.token_type_ids == tokenizer("the")["token_type_ids"]
+
+
+def test_a_word_that_becomes_nothing_is_the_unknown_token(tiny_bert: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    assert targets_of(tokenizer, ["the", "\u200b", "river", "\u3000"]) == [
+        "[CLS]", "[the]", "[[UNK]]", "[river]", "[[UNK]]", "[SEP]",
+    ]  # fmt: skip
+
+
+def test_a_word_without_token_and_unknown_token_is_an_error() -> None:
+    backend = Tokenizer(models.WordLevel({"a": 0, "<pad>": 1}))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>")
+    with pytest.raises(DataError, match=r"a:1: the tokenizer makes no token of the word '\\u3000'"):
+        pieces_of(tokenizer, ["a", "\u3000"])
+    with pytest.raises(DataError, match=r"a:1: the tokenizer makes no token of any of the 1 words"):
+        pieces_of(tokenizer, ["\u3000"])
+
+
+def test_truncation_takes_words_from_the_end_and_keeps_the_frame(tiny_bert: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    words = ["the", "river", "is", "red"]
+    pieces = pieces_of(tokenizer, words, max_length=4)
+    assert tokenizer.convert_ids_to_tokens(pieces.input_ids) == ["[CLS]", "the", "river", "[SEP]"]
+    assert (pieces.num_words, pieces.num_removed, pieces.is_target) == (2, 2, [0, 1, 1, 0])
+
+
+def test_a_tokenizer_that_cannot_align_words_is_refused() -> None:
+    with pytest.raises(ModelError, match="does not tell which word a token is of"):
+        require_word_ids(SimpleNamespace(is_fast=False))
