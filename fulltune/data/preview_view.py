@@ -79,7 +79,11 @@ def view_tokens(
 
 
 def view_states(
-    decode: Callable[[list[int]], str], input_ids: Sequence[int], states: Sequence[TokenState]
+    decode: Callable[[list[int]], str],
+    input_ids: Sequence[int],
+    states: Sequence[TokenState],
+    *,
+    before: Sequence[int] = (),
 ) -> list[TokenView]:
     """Tokens of given states as text, those that are parts of one UTF-8 character joined.
 
@@ -88,10 +92,11 @@ def view_states(
         input_ids: tokens in the order in which they are shown.
         states: one for each. Of the parts of a character, one that is trained decides, else the
             first.
+        before: the tokens in front of them, which are not shown.
     """
     ids = [int(token) for token in input_ids]
     views: list[TokenView] = []
-    before: list[int] = []
+    before = list(before)
     start = 0
     while start < len(ids):
         stop = _end_of_character(decode, ids, before, start)

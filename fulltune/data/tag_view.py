@@ -33,14 +33,21 @@ def view_tags(
     """
     views: list[TokenView] = []
     run: list[int] = []
+    before: list[int] = []
     state: TokenState = "context"
     label, label_of_run, word = "", "", 0
 
     def end_run() -> None:
         if run:
-            views.extend(view_states(decode, run, [state] * len(run)))
+            found = view_states(decode, run, [state] * len(run), before=before)
             if state == "entity":
-                views.append(TokenView(f"/{label_of_run}", "label"))
+                first = found[0]
+                if first.text.startswith(" "):  # the space is no part of the entity
+                    views.append(TokenView(" ", "outside"))
+                    found[0] = TokenView(first.text[1:], state)
+                found.append(TokenView(f"/{label_of_run}", "label"))
+            views.extend(found)
+        before[:] = run[-1:] or before
         run.clear()
 
     for place, (token, target) in enumerate(zip(input_ids, targets, strict=True)):

@@ -1,7 +1,8 @@
 """Words to tokens, with the token of each word at which its tag is learned and read.
 
 A word is cut as it is cut in running text, but never together with its neighbours, as
-SentencePiece would cut Chinese. Its tag is that of its first piece (Devlin et al., 2019).
+SentencePiece would cut Chinese. Its tag is that of its first piece (Devlin et al., 2019) that is
+more than the space before the word.
 """
 
 from __future__ import annotations
