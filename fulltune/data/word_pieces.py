@@ -97,11 +97,9 @@ def encode_words(
     for place, of_word in enumerate(pieces):
         if not of_word:
             of_word = [(_unknown(tokenizer, words[place], where), "")]
-        texts_of_word = [text for _, text in of_word]
-        target = int(len(of_word) > 1 and texts_of_word[0] in _SPACES)
-        if target and place and not spaces[place]:
-            del of_word[0]  # SentencePiece writes a space before each word it is given
-            target = 0
+        if place and not spaces[place]:
+            of_word = _without_space(tokenizer, of_word)
+        target = int(len(of_word) > 1 and of_word[0][1] in _SPACES)
         tokens += [(token, int(number == target)) for number, (token, _) in enumerate(of_word)]
     room = len(tokens) if max_length is None else max(max_length - len(frame), 0)
     kept = tokens[:room]
@@ -116,6 +114,19 @@ def encode_words(
         num_words=sum(target for _, target in kept),
         num_removed=len(tokens) - len(kept),
     )
+
+
+def _without_space(
+    tokenizer: PreTrainedTokenizerBase, of_word: list[tuple[int, str]]
+) -> list[tuple[int, str]]:
+    """The tokens of a word inside of running text: SentencePiece puts a space before each."""
+    (token, text), *others = of_word
+    if text in _SPACES and others:
+        return others
+    if text[:1] in _SPACES and len(text) > 1:
+        inside = tokenizer.backend_tokenizer.token_to_id(text[1:])
+        return [(token if inside is None else inside, text), *others]
+    return of_word
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase, word: str, where: str) -> int:

@@ -105,7 +105,7 @@ class TokenClassification:
         """Changes whenever `encode` would give other tokens; tags are kept by name."""
         return tokenizer_fingerprint(
             self.tokenizer,
-            objective="token_classification",
+            objective="words",
             max_length=self.max_length,
             too_long=self.too_long,
         )

@@ -55,7 +55,7 @@ def test_byte_level_words_are_those_of_running_text(tiny_gpt2: Path) -> None:
 
 
 def test_sentencepiece_gets_no_space_between_characters() -> None:
-    texts = ["<s>", "</s>", "<unk>", "▁", "▁the", "▁r", "ed", *CHINESE, "x"]
+    texts = ["<s>", "</s>", "<unk>", "▁", "▁the", "▁r", "ed", "▁的", *CHINESE, "x"]
     backend = Tokenizer(
         models.Unigram([(text, -float(place)) for place, text in enumerate(texts)], unk_id=2)
     )
@@ -69,6 +69,8 @@ def test_sentencepiece_gets_no_space_between_characters() -> None:
     assert targets_of(tokenizer, CHINESE) == [
         "<s>", "▁", *(f"[{character}]" for character in CHINESE), "</s>",
     ]  # fmt: skip
+    # `的` is one piece with the space that is not there, and is that without it.
+    assert targets_of(tokenizer, ["的"])[1] == "[▁的]"
     # Where a word has a space of its own, its first piece with a letter is the target.
     assert targets_of(tokenizer, ["the", "red", "x"]) == [
         "<s>", "[▁the]", "[▁r]", "ed", "▁", "[x]", "</s>",
