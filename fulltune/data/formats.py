@@ -21,7 +21,14 @@ from fulltune.data.chat_formats import (
 )
 from fulltune.data.records import Record
 from fulltune.data.rows import Row, listed, missing_column
-from fulltune.data.tag_formats import in_iob2, scheme_of_rows, tagged_text, tagged_words
+from fulltune.data.tag_formats import (
+    cut_at_spaces,
+    in_iob2,
+    recut,
+    scheme_of_rows,
+    tagged_text,
+    tagged_words,
+)
 from fulltune.data.tags import TagScheme, scheme_name
 from fulltune.data.tasks import (
     ChatExample,
@@ -53,6 +60,8 @@ class RecordFormat:
     """What is read as what, for the user to check."""
     tag_scheme: TagScheme | None = None
     """What tags are written in, where there are any."""
+    words_at_spaces: bool = False
+    """Tagging: whether words were cut from texts at spaces alone, or texts are to be."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,11 @@ class _Layout:
 
 
 def recognise_format(
-    records: Sequence[Record], config: TaskConfig, *, needs_label: bool = True
+    records: Sequence[Record],
+    config: TaskConfig,
+    *,
+    needs_label: bool = True,
+    words_at_spaces: bool = False,
 ) -> RecordFormat:
     """The format that all of the first rows have.
 
@@ -78,6 +91,8 @@ def recognise_format(
         records: the first rows of one source; at least one.
         config: `kind` says which formats are possible; `format` and `columns` narrow them.
         needs_label: False in prediction, where answers and labels may be missing.
+        words_at_spaces: prediction by a tagger: what `RecordFormat.words_at_spaces` was of its
+            training data.
 
     Raises:
         DataError: none or several formats fit; the columns seen and the formats possible are named.
@@ -100,7 +115,8 @@ def recognise_format(
             rows = [Row(record, columns) for record in records]
             scheme = scheme_of_rows(rows, config, name=name)
             description += f"; tags are {scheme_name(scheme)}"
-        return RecordFormat(name, columns, description, scheme)
+            words_at_spaces = name == "words" and cut_at_spaces(rows)
+        return RecordFormat(name, columns, description, scheme, words_at_spaces)
     seen = f"{_place(records[0].where)} has the columns {listed(records[0].fields)}"
     if fitting:
         raise DataError(
@@ -136,6 +152,8 @@ def make_example(
     example = _LAYOUTS[format.name].example(Row(record, columns), needs_label)
     if format.tag_scheme is not None and isinstance(example, TaggingExample):
         return in_iob2(example, format.tag_scheme)
+    if format.words_at_spaces and isinstance(example, TaggingExample):
+        return recut(example)
     return example
 
 

@@ -16,7 +16,7 @@ from fulltune.data.tags import (
     to_iob2,
 )
 from fulltune.data.tasks import TaggingExample, TaskConfig
-from fulltune.data.words import spaces_before, split_words
+from fulltune.data.words import end_in_commas, spaces_before, split_words
 from fulltune.errors import ConfigError
 
 
@@ -34,6 +34,12 @@ def tagged_text(row: Row, needs_label: bool) -> TaggingExample:
     if not words:
         raise row.error("the text has no word", hint="drop the row")
     tags = _tags_of_spans(row, text, words) if needs_label else None
+    return _of_text(text, words, tags, row.record.where)
+
+
+def _of_text(
+    text: str, words: Sequence[Word], tags: tuple[str, ...] | None, where: str
+) -> TaggingExample:
     ends = [0, *(word.end for word in words)]
     return TaggingExample(
         words=tuple(word.text for word in words),
@@ -42,10 +48,27 @@ def tagged_text(row: Row, needs_label: bool) -> TaggingExample:
             for place, (word, end) in enumerate(zip(words, ends, strict=False))
         ),
         tags=tags,
-        where=row.record.where,
+        where=where,
         text=text,
         places=tuple((word.start, word.end) for word in words),
     )
+
+
+def cut_at_spaces(rows: Sequence[Row]) -> bool:
+    """Whether the words of a source were cut from texts at spaces alone."""
+    return end_in_commas(_texts(row, "words", "word") for row in rows)
+
+
+def recut(example: TaggingExample) -> TaggingExample:
+    """A text without tags, cut at its spaces; words stay as they are.
+
+    Raises:
+        DataError: there is no word.
+    """
+    if example.text is None:
+        return example
+    words = split_words(example.text, at_spaces=True)
+    return _of_text(example.text, words, None, example.where)
 
 
 def scheme_of_rows(rows: Sequence[Row], config: TaskConfig, *, name: str) -> TagScheme:

@@ -1,13 +1,14 @@
 """A text as words with their places, for tasks that label words.
 
 A word is a run of letters, digits and marks; every character of a script that is written without
-spaces (Chinese, Japanese, Thai and others) and every punctuation mark is a word of its own.
+spaces (Chinese, Japanese, Thai and others) and every punctuation mark is a word of its own. Where
+the words of the training data end in commas, a text is cut at its spaces instead.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from fulltune.data.tags import Word
 
@@ -25,6 +26,9 @@ _WITHOUT_SPACES = (
     (0x20000, 0x3FFFF),
 )
 
+# Not the full stop, which abbreviations end in.
+_ENDS = (",", ";", ":", "!", "?")
+
 
 def without_spaces(character: str) -> bool:
     """Whether a character is of a script that sets no spaces between its words."""
@@ -32,8 +36,13 @@ def without_spaces(character: str) -> bool:
     return code >= 0x0E00 and any(first <= code <= last for first, last in _WITHOUT_SPACES)
 
 
-def split_words(text: str) -> list[Word]:
-    """The words of a text in order; only spaces and invisible characters lie between them."""
+def split_words(text: str, *, at_spaces: bool = False) -> list[Word]:
+    """The words of a text in order; only spaces and invisible characters lie between them.
+
+    Args:
+        text: the text.
+        at_spaces: whether punctuation stays with the word that it stands at.
+    """
     words: list[Word] = []
     start: int | None = None
     for place, character in enumerate(text):
@@ -46,7 +55,8 @@ def split_words(text: str) -> list[Word]:
             continue
         if category == "Cf" and start is not None:
             continue  # a joiner or a soft hyphen is in the middle of a word
-        goes_on = (category[0] in "LN" or character == "_") and not without_spaces(character)
+        of_word = category[0] in ("LNPS" if at_spaces else "LN") or character == "_"
+        goes_on = of_word and not without_spaces(character)
         if goes_on:
             start = place if start is None else start
             continue
@@ -74,3 +84,9 @@ def spaces_before(words: Sequence[str]) -> list[bool]:
         before, word = words[place - 1], words[place]
         spaces[place] = not (by_character or without_spaces(before[-1]) or without_spaces(word[0]))
     return spaces
+
+
+def end_in_commas(rows: Iterable[Sequence[str]]) -> bool:
+    """Whether words were cut at spaces alone: commas and their like stand at words, not alone."""
+    words = [word for row in rows for word in row if word.endswith(_ENDS)]
+    return sum(len(word) > 1 for word in words) * 2 > len(words)

@@ -179,6 +179,7 @@ def _write_model(
         "kind": TASKS[trainer.config.task.kind].becomes or trainer.config.task.kind,
         "max_length": trainer.objective.max_length,
         "columns": dict(trainer.config.task.columns),
+        **trainer.prepared.info,
         "base_model": trainer.config.model,
         "fulltune_version": __version__,
         "run": str(trainer.folder),

@@ -74,6 +74,8 @@ class Prepared:
     """What the user must know: how rows were read and split."""
     sources: list[dict[str, Any]]
     """For the manifest: source, content hash, rows."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """What whoever uses the model must know of the data, for `fulltune.json`."""
 
 
 @dataclass(frozen=True)
@@ -231,8 +233,15 @@ def prepare(
         facts = facts.model_copy(update={"documents_end": has_end})
     findings = check(facts, may_truncate=may_truncate)
     return Prepared(
-        objective, dataset, train, split.validation, facts, findings, tuple(notes), encoded.sources
-    )
+        objective, dataset, train, split.validation, facts, findings, tuple(notes), encoded.sources,
+        {"words_at_spaces": _words_at_spaces(task)} if facts.tags else {},
+    )  # fmt: skip
+
+
+def _words_at_spaces(task: TaskConfig) -> bool:
+    _, source = task_sources(task)[0]
+    first = list(read_records(source, limit=ROWS_LOOKED_AT))
+    return recognise_format(first, task).words_at_spaces
 
 
 def encode_task(

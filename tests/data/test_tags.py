@@ -16,7 +16,7 @@ from fulltune.data.tags import (
     to_iob2,
     wrong_class,
 )
-from fulltune.data.words import spaces_before, split_words
+from fulltune.data.words import end_in_commas, spaces_before, split_words
 from fulltune.errors import DataError
 
 # Two entities of one label side by side, one of another alone, and one of one word.
@@ -179,3 +179,11 @@ def test_spaces_stand_between_words_of_scripts_that_have_them(
     words: list[str], spaces: list[bool]
 ) -> None:
     assert spaces_before(words) == spaces
+
+
+def test_words_that_end_in_commas_were_cut_at_spaces() -> None:
+    assert end_in_commas([["Chicago,", "IL"], ["Fargo,", "ND", ","]])
+    assert not end_in_commas([["Chicago", ",", "IL"], ["U.S."]])
+    assert not end_in_commas([["北", "京", "，"]])
+    words = split_words("St., Fargo (ND) 北京，x", at_spaces=True)
+    assert [word.text for word in words] == ["St.,", "Fargo", "(ND)", "北", "京", "，", "x"]

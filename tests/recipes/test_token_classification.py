@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForTokenClassification, pipeline
 
-from fulltune.config import build_config
+from fulltune.config import Quantity, build_config
 from fulltune.errors import ConfigError, DataError
 from fulltune.recipes import evaluate, finetune, predict, preview
 from tests.conftest import COLOURS, PLACES
@@ -108,6 +108,25 @@ def test_entities_of_words_count_words(run_folder: Path, tmp_path: Path) -> None
         ("blue", 1, 2), ("Oslo city", 5, 7),
     ]  # fmt: skip
     assert "words" not in found
+
+
+def test_a_text_is_cut_as_the_words_of_training_were(
+    run_folder: Path, tiny_bert: Path, tags_file: Path, tmp_path: Path
+) -> None:
+    text = "the red, house"
+    (found,) = predict_rows(run_folder, [{"text": text}], tmp_path)
+    assert found["words"] == ["the", "red", ",", "house"]
+    glued = tmp_path / "glued.jsonl"
+    rows = [json.loads(line) for line in tags_file.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        row["tokens"] = [f"{word}," if word == "house" else word for word in row["tokens"]]
+    glued.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = config_of(tiny_bert, glued, tmp_path / "run")
+    short = config.model_copy(update={"duration": Quantity(1, "steps")})
+    finetune.run(short)
+    (tmp_path / "again").mkdir()
+    (found,) = predict_rows(tmp_path / "run" / "model", [{"text": text}], tmp_path / "again")
+    assert found["words"] == ["the", "red,", "house"]
 
 
 def test_words_that_truncation_cut_off_have_no_tag(run_folder: Path, tmp_path: Path) -> None:
