@@ -30,20 +30,21 @@ def decode_tags(log_probabilities: Sequence[Tensor], labels: Sequence[str]) -> l
     places = {label: place for place, label in enumerate(labels)}
     inside = [place for place, label in enumerate(labels) if label.startswith("I-")]
     begin_of = [places[f"B-{labels[place][2:]}"] for place in inside]
-    inside_I, begin_I = torch.tensor(inside), torch.tensor(begin_of)
+    inside_I = torch.tensor(inside, dtype=torch.int64)
+    begin_I = torch.tensor(begin_of, dtype=torch.int64)
     lengths = [len(scores_TC) for scores_TC in log_probabilities]
     padded_DTC = torch.nn.utils.rnn.pad_sequence(list(log_probabilities), batch_first=True)
     scores_DC = padded_DTC[:, 0].clone()
-    scores_DC[:, inside] = -torch.inf
+    scores_DC[:, inside_I] = -torch.inf
     came_from: list[Tensor] = []
     at: list[Tensor] = [scores_DC]
     for word in range(1, padded_DTC.shape[1]):
         best_D, best_tag_D = scores_DC.max(dim=1)
         from_DC = best_tag_D[:, None].repeat(1, len(labels))
         before_DC = best_D[:, None].repeat(1, len(labels))
-        begun_DI, going_DI = scores_DC[:, begin_of], scores_DC[:, inside]
-        before_DC[:, inside] = torch.maximum(begun_DI, going_DI)
-        from_DC[:, inside] = torch.where(going_DI > begun_DI, inside_I, begin_I)
+        begun_DI, going_DI = scores_DC[:, begin_I], scores_DC[:, inside_I]
+        before_DC[:, inside_I] = torch.maximum(begun_DI, going_DI)
+        from_DC[:, inside_I] = torch.where(going_DI > begun_DI, inside_I, begin_I)
         scores_DC = before_DC + padded_DTC[:, word]
         came_from.append(from_DC)
         at.append(scores_DC)
