@@ -25,8 +25,8 @@ def decode_tags(log_probabilities: Sequence[Tensor], labels: Sequence[str]) -> l
     Returns:
         For each document, the place in ``labels`` of each word's tag.
     """
-    if not log_probabilities:
-        return []
+    if not any(len(scores_TC) for scores_TC in log_probabilities):
+        return [[] for _ in log_probabilities]
     places = {label: place for place, label in enumerate(labels)}
     inside = [place for place, label in enumerate(labels) if label.startswith("I-")]
     begin_of = [places[f"B-{labels[place][2:]}"] for place in inside]

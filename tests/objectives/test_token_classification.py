@@ -229,6 +229,7 @@ def test_decoding_finds_the_best_of_all_valid_sequences() -> None:
         changed += found != scores_TC.argmax(-1).tolist()
     assert changed  # taking each word's likeliest tag would have been wrong
     assert decode_tags([], LABELS) == []
+    assert decode_tags([torch.empty(0, 5)], LABELS) == [[]]
     assert decode_tags(scores[1:2], ("O", "B-A", "B-B", "B-C", "B-D")) == [
         scores[1].argmax(-1).tolist()
     ]
