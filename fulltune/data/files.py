@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from fulltune.data.binary import ESCAPE_BYTES, UNREADABLE, has_escaped_bytes, is_binary_row
+from fulltune.data.conll import read_conll
 from fulltune.data.json_rows import parse_json, parse_json_lines
 from fulltune.data.plain_text import bounded_lines, split_documents, whole_text
 from fulltune.data.squad_json import flatten_questions
@@ -244,6 +245,11 @@ def _read_text(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from whole_text(stream)
 
 
+def _read_conll(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
+    with file.open_text() as stream:
+        yield from read_conll(row_lines(stream, file.name), file.name)
+
+
 def _read_parquet(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open_seekable() as stream:
         batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=_BATCH_ROWS)
@@ -312,6 +318,8 @@ _READERS: dict[str, _Reader] = {
     ".arrow": _read_arrow,
     ".ipc": _read_arrow,
     ".feather": _read_arrow,
+    ".conll": _read_conll,
+    ".bio": _read_conll,
     ".txt": _read_text,
     ".md": _read_text,
 }

@@ -5,6 +5,7 @@ How conversations are read stands in `chat_formats.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,15 @@ from fulltune.data.pair_formats import source_target, text_summary, translation
 from fulltune.data.question_formats import question_example
 from fulltune.data.records import Record
 from fulltune.data.rows import Row, listed, missing_column
+from fulltune.data.tag_formats import (
+    cut_at_spaces,
+    in_iob2,
+    recut,
+    scheme_of_rows,
+    tagged_text,
+    tagged_words,
+)
+from fulltune.data.tags import TagScheme, scheme_name
 from fulltune.data.tasks import (
     ChatExample,
     ClassificationExample,
@@ -30,6 +40,7 @@ from fulltune.data.tasks import (
     MultiLabelExample,
     PreferenceExample,
     RegressionExample,
+    TaggingExample,
     TaskConfig,
     TaskKind,
     TextExample,
@@ -49,6 +60,10 @@ class RecordFormat:
     """Our field name -> the column's name in the data."""
     description: str
     """What is read as what, for the user to check."""
+    tag_scheme: TagScheme | None = None
+    """What tags are written in, where there are any."""
+    words_at_spaces: bool = False
+    """Tagging: whether words were cut from texts at spaces alone, or texts are to be."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +78,16 @@ class _Layout:
     """A row -> what it holds; the second says whether it needs its answer or label."""
     keys: tuple[str, ...] = ()
     """Fields among `optional_fields` that are no columns but keys within the first field."""
+    other_names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Names under which a field is found as well."""
 
 
 def recognise_format(
-    records: Sequence[Record], config: TaskConfig, *, needs_label: bool = True
+    records: Sequence[Record],
+    config: TaskConfig,
+    *,
+    needs_label: bool = True,
+    words_at_spaces: bool = False,
 ) -> RecordFormat:
     """The format that all of the first rows have.
 
@@ -74,6 +95,8 @@ def recognise_format(
         records: the first rows of one source; at least one.
         config: `kind` says which formats are possible; `format` and `columns` narrow them.
         needs_label: False in prediction, where answers and labels may be missing.
+        words_at_spaces: prediction by a tagger: what `RecordFormat.words_at_spaces` was of its
+            training data.
 
     Raises:
         DataError: none or several formats fit; the columns seen and the formats possible are named.
@@ -90,7 +113,14 @@ def recognise_format(
     }
     if len(fitting) == 1:
         name, columns = fitting.popitem()
-        return RecordFormat(name, columns, _describe(possible[name], columns))
+        description = _describe(possible[name], columns)
+        scheme = None
+        if config.kind == "token_classification" and needs_label:
+            rows = [Row(record, columns) for record in records]
+            scheme = scheme_of_rows(rows, config, name=name)
+            description += f"; tags are {scheme_name(scheme)}"
+            words_at_spaces = name == "words" and cut_at_spaces(rows)
+        return RecordFormat(name, columns, description, scheme, words_at_spaces)
     seen = f"{_place(records[0].where)} has the columns {listed(records[0].fields)}"
     if fitting:
         raise DataError(
@@ -123,7 +153,12 @@ def make_example(
         column = columns.get(answer, answer)
         if record.fields.get(column) in (None, ""):
             columns.pop(answer, None)
-    return _LAYOUTS[format.name].example(Row(record, columns), needs_label)
+    example = _LAYOUTS[format.name].example(Row(record, columns), needs_label)
+    if format.tag_scheme is not None and isinstance(example, TaggingExample):
+        return in_iob2(example, format.tag_scheme)
+    if format.words_at_spaces and isinstance(example, TaggingExample):
+        return recut(example)
+    return example
 
 
 # Recognition
@@ -175,7 +210,15 @@ def _fits(
     ):
         return False  # a single turn, beside the turns before it
     needed = _needed(layout, needs_label=needs_label)
-    return all(columns.get(field, field) in record.fields for field in needed)
+    return all(_column(layout, field, record, columns) in record.fields for field in needed)
+
+
+def _column(layout: _Layout, field: str, record: Record, columns: Mapping[str, str]) -> str:
+    """The column of a field: that which is asked for, or one of its names that the row has."""
+    if field in columns:
+        return columns[field]
+    names = (field, *layout.other_names.get(field, ()))
+    return next((name for name in names if name in record.fields), field)
 
 
 def _turns_column(name: str, record: Record, columns: Mapping[str, str]) -> str:
@@ -195,14 +238,14 @@ def _columns(
         columns = {layout.fields[0]: _turns_column(name, records[0], config.columns)}
     else:
         columns = {
-            field: config.columns.get(field, field)
+            field: _column(layout, field, records[0], config.columns)
             for field in _needed(layout, needs_label=needs_label)
         }
     for field in (*layout.fields, *layout.optional_fields):
         if field in layout.keys:
             columns |= {field: config.columns[field]} if field in config.columns else {}
             continue
-        column = config.columns.get(field, field)
+        column = _column(layout, field, records[0], config.columns)
         asked = field in config.columns and field != layout.answer
         there = any(column in record.fields for record in records)
         if asked and not there and needs_label:
@@ -230,9 +273,9 @@ def _unrecognised(
     for layout in possible.values():
         for record in records:
             missing = [
-                config.columns.get(field, field)
+                _column(layout, field, record, config.columns)
                 for field in _needed(layout, needs_label=needs_label)
-                if config.columns.get(field, field) not in record.fields
+                if _column(layout, field, record, config.columns) not in record.fields
             ]
             if missing and (len(possible) == 1 or config.columns):
                 return missing_column(record, missing[0], fields=layout.fields)
@@ -525,5 +568,23 @@ _LAYOUTS: dict[str, _Layout] = {
         description="translations: {translation} holds a text by language",
         example=translation,
         keys=("source", "target"),
+    ),
+    "words": _Layout(
+        kind="token_classification",
+        fields=("words", "tags"),
+        answer="tags",
+        optional_fields=(),
+        description="words: {words} is a list of words with one of {tags} each",
+        example=tagged_words,
+        other_names={"words": ("tokens",), "tags": ("ner_tags",)},
+    ),
+    "spans": _Layout(
+        kind="token_classification",
+        fields=("text", "spans"),
+        answer="spans",
+        optional_fields=(),
+        description="spans: {text} has entities in {spans}, with `start`, `end` and `label`",
+        example=tagged_text,
+        other_names={"spans": ("entities",)},
     ),
 }

@@ -96,6 +96,7 @@ def examine(
     }
     return PreviewFacts(
         supervision=task.supervision,
+        tags=dataset.kind == "token_classification",
         splits=tuple(
             _examine_split(dataset, name, indices, task, frozenset(end_token_ids), unknown_token_id)
             for name, indices in indices_by_split.items()

@@ -12,6 +12,7 @@ from fulltune.data.preview_facts import (
     PreviewFacts,
     SplitFacts,
 )
+from fulltune.data.tags import complete_tags
 from fulltune.data.unknown_tokens import MAX_SHARE
 from fulltune.errors import DataError
 
@@ -30,7 +31,7 @@ def check(facts: PreviewFacts, *, may_truncate: bool = True) -> list[Finding]:
     findings = [finding for split in facts.splits for finding in _check_split(split, may_truncate)]
     train = next((split for split in facts.splits if split.name == TRAIN), None)
     if train is not None:
-        findings += _check_labels_of_others(train, facts.splits)
+        findings += _check_labels_of_others(train, facts.splits, tags=facts.tags)
     if not facts.documents_end:
         findings.append(_NO_END_TOKEN)
     findings += [_leak(overlap) for overlap in facts.overlaps if _size(overlap)]
@@ -214,7 +215,9 @@ def _check_ends(split: SplitFacts) -> list[Finding]:
     ]
 
 
-def _check_labels_of_others(train: SplitFacts, splits: Sequence[SplitFacts]) -> list[Finding]:
+def _check_labels_of_others(
+    train: SplitFacts, splits: Sequence[SplitFacts], *, tags: bool
+) -> list[Finding]:
     if train.labels is None or not train.labels.counts:
         return []
     findings = []
@@ -230,6 +233,9 @@ def _check_labels_of_others(train: SplitFacts, splits: Sequence[SplitFacts]) -> 
     for split in splits:
         counts = {} if split.labels is None else split.labels.counts
         unknown = [label for label in counts if label not in known]
+        if tags:  # a model has `O`, and both tags of each label
+            of_model = complete_tags(known)
+            unknown = [label for label in unknown if label not in of_model]
         missing = [label for label in known if label not in counts]
         if unknown:
             findings.append(

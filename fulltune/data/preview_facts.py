@@ -157,6 +157,8 @@ class PreviewFacts(_Facts):
     """Pre-training: what the documents, which `splits` counts, became."""
     documents_end: bool = True
     """Whether each is followed by an end token, by which the model learns where a text ends."""
+    tags: bool = False
+    """Whether the labels are tags of words, in IOB2, and not of whole examples."""
 
 
 class Finding(_Facts):

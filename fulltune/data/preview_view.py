@@ -17,11 +17,16 @@ from rich.text import Text
 from fulltune.data.preview_facts import TRAIN, Finding, PreviewFacts, SplitFacts
 from fulltune.data.tasks import Supervision
 
-TokenState: TypeAlias = Literal["trained", "replaced", "context", "truncated", "padding"]
+TokenState: TypeAlias = Literal[
+    "trained", "replaced", "outside", "entity", "label", "context", "truncated", "padding"
+]
 
 MEANINGS: dict[TokenState, str] = {
     "trained": "trained",
     "replaced": "read in place of what follows it",
+    "outside": "in no entity",
+    "entity": "entity: a tag is trained at the first token of each word",
+    "label": "its label",
     "context": "read, not trained",
     "truncated": "removed by truncation",
     "padding": "padding",
@@ -74,7 +79,11 @@ def view_tokens(
 
 
 def view_states(
-    decode: Callable[[list[int]], str], input_ids: Sequence[int], states: Sequence[TokenState]
+    decode: Callable[[list[int]], str],
+    input_ids: Sequence[int],
+    states: Sequence[TokenState],
+    *,
+    before: Sequence[int] = (),
 ) -> list[TokenView]:
     """Tokens of given states as text, those that are parts of one UTF-8 character joined.
 
@@ -83,10 +92,11 @@ def view_states(
         input_ids: tokens in the order in which they are shown.
         states: one for each. Of the parts of a character, one that is trained decides, else the
             first.
+        before: the tokens in front of them, which are not shown.
     """
     ids = [int(token) for token in input_ids]
     views: list[TokenView] = []
-    before: list[int] = []
+    before = list(before)
     start = 0
     while start < len(ids):
         stop = _end_of_character(decode, ids, before, start)
@@ -298,6 +308,9 @@ def _share_of(number: int, total: int) -> str:
 _STYLES: dict[TokenState, str] = {
     "trained": "green underline",
     "replaced": "magenta",
+    "outside": "green",
+    "entity": "bold cyan underline",
+    "label": "magenta",
     "context": "dim",
     "truncated": "red strike",
     "padding": "dim italic",
@@ -305,6 +318,9 @@ _STYLES: dict[TokenState, str] = {
 _MARKS: dict[TokenState, tuple[str, str]] = {
     "trained": ("⟦", "⟧"),
     "replaced": ("⟨", "⟩"),
+    "outside": ("", ""),
+    "entity": ("⟦", ""),
+    "label": ("", "⟧"),
     "context": ("", ""),
     "truncated": ("~~", "~~"),
     "padding": ("", ""),

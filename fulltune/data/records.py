@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,14 +274,20 @@ def _load_saved(source: str, datasets: Any) -> Any:
 
 def _read_datasets(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     dataset = _load_datasets(source)
-    names = {
-        column: feature.names
-        for column, feature in dataset.features.items()
-        if type(feature).__name__ == "ClassLabel"
-    }
+    names = {}
+    for column, feature in dataset.features.items():
+        # A list of labels, one for each word, holds the names in what its items are.
+        item = getattr(feature, "feature", feature)
+        if type(item).__name__ == "ClassLabel":
+            names[column] = item.names
     for number, row in enumerate(dataset, start=1):
         for column, labels in names.items():
-            code = row[column]
-            # -1 is how these data sets write "no label", as in hidden test sets.
-            row[column] = None if code is None or code < 0 else labels[code]
+            row[column] = _label_names(row[column], labels)
         yield number, row
+
+
+def _label_names(code: Any, labels: Sequence[str]) -> Any:
+    if isinstance(code, list):
+        return [_label_names(each, labels) for each in code]
+    # -1 is how these data sets write "no label", as in hidden test sets.
+    return None if code is None or code < 0 else labels[code]

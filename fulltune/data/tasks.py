@@ -116,6 +116,23 @@ class SourceTargetExample:
 SOURCE_FIELD = "{source}"
 """Where the source stands in a prompt."""
 
+
+@dataclass(frozen=True, slots=True)
+class TaggingExample:
+    """Words, each with a tag. ``tags`` is None only when predicting."""
+
+    words: tuple[str, ...]
+    spaces: tuple[bool, ...]
+    """Whether a space stands before each word."""
+    tags: tuple[str, ...] | None
+    """In IOB2."""
+    where: str
+    text: str | None = None
+    """What the words are cut from, where it is known."""
+    places: tuple[tuple[int, int], ...] = ()
+    """Where each word begins and ends in ``text``."""
+
+
 Example: TypeAlias = (
     ChatExample
     | TextExample
@@ -125,6 +142,7 @@ Example: TypeAlias = (
     | RegressionExample
     | QuestionExample
     | SourceTargetExample
+    | TaggingExample
 )
 TaskKind: TypeAlias = Literal[
     "chat",
@@ -135,6 +153,7 @@ TaskKind: TypeAlias = Literal[
     "regression",
     "question_answering",
     "sequence_to_sequence",
+    "token_classification",
 ]
 
 Supervision: TypeAlias = Literal["tokens", "labels", "numbers"]
@@ -260,11 +279,21 @@ TASKS: dict[TaskKind, Task] = {
         answers=True,
         generated_metrics=("bleu", "chrf", "rouge1", "rouge2", "rouge_lsum", "exact_match"),
     ),
+    "token_classification": Task(
+        kind="token_classification",
+        summary="a tag for each word: entities and parts of speech",
+        fields=("words", "tags"),
+        optional_fields=("text", "spans"),
+        metrics=("span_f1", "span_precision", "span_recall", "tag_accuracy", "loss"),
+        supervision="labels",
+        answer="tags",
+        settings=("labels", "too_long", "tag_scheme"),
+    ),
 }
 
 SETTINGS_OF_SOME = (
     *("labels", "too_long", "template", "special_tokens", "loss", "class_weights"),
-    *("dpo_beta", "max_target_length", "prefix", "prompt"),
+    *("dpo_beta", "max_target_length", "prefix", "prompt", "tag_scheme"),
     *ANSWER_SETTINGS,
 )
 """Settings of a task that have an effect on some kinds only; `Task.settings` says on which."""
@@ -295,18 +324,24 @@ class TaskConfig(Settings):
         "source_target",
         "summary",
         "translation",
+        "words",
+        "spans",
     ] = "auto"
     """How rows are laid out; `auto` recognises it from the first rows and says so."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our field name -> the column's name in the data, e.g. `{text: question, label: class}`."""
     labels: tuple[str, ...] | None = None
-    """Tasks with labels: they in order; null takes the sorted labels of the training split."""
+    """Tasks with labels: they in order; null takes the sorted labels of the training split. For
+    token classification they are `O` and the `B-` and `I-` tags."""
     loss: Literal["cross_entropy", "focal", "ordinal"] = "cross_entropy"
     """Classification: `focal` counts what is told well already for little, `ordinal` makes a near
     class of `labels` cost less than a far one."""
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     """Classification: what an example of each class counts for; `balanced` gives rare classes as
     much as frequent ones, null counts all the same."""
+    tag_scheme: Literal["auto", "iob2", "iob1", "bioes", "bmes", "bilou", "io"] = "auto"
+    """Token classification: how tags are written; `io` is labels alone. `auto` recognises it from
+    the first rows and says so. All are converted to IOB2 (BIO), which is what a model gives."""
     max_length: Annotated[int, Field(ge=2)] | None = None
     """Longest example in tokens; null is the model's context length. Sequence to sequence: longest
     source, with its prefix or prompt."""

@@ -15,6 +15,7 @@ from fulltune.data.tasks import TaskKind
 from fulltune.evaluate.answer_metrics import answer_metrics
 from fulltune.evaluate.label_metrics import multi_label_metrics, regression_metrics
 from fulltune.evaluate.metrics import classification_metrics
+from fulltune.evaluate.tagging_metrics import tagging_metrics
 from fulltune.objectives.answer_spans import WindowOutput
 from fulltune.objectives.base import Objective
 from fulltune.objectives.classification import Classification, ClassificationOutput
@@ -22,6 +23,7 @@ from fulltune.objectives.multi_label import MultiLabel, MultiLabelOutput
 from fulltune.objectives.preference import PreferenceOutput
 from fulltune.objectives.question_answering import QuestionAnswering
 from fulltune.objectives.regression import RegressionOutput
+from fulltune.objectives.token_classification import TaggingOutput
 
 Measure: TypeAlias = Callable[[Objective, Sequence[Any]], dict[str, Any]]
 """The objective and its `Scores.outputs` of all examples -> numbers under the names of `METRICS`,
@@ -66,10 +68,19 @@ def _question_answering(objective: Objective, outputs: Sequence[WindowOutput]) -
     return answer_metrics(cast(QuestionAnswering, objective), outputs)
 
 
+def _token_classification(objective: Objective, outputs: Sequence[TaggingOutput]) -> Any:
+    measured = tagging_metrics(
+        [output.right for output in outputs], [output.predicted for output in outputs]
+    )
+    num_words = sum(len(output.right) for output in outputs)
+    return {**measured, "loss": sum(output.loss_sum for output in outputs) / num_words}
+
+
 MEASURES: dict[TaskKind, Measure] = {
     "preference": _preference,
     "classification": _classification,
     "multi_label": _multi_label,
     "regression": _regression,
     "question_answering": _question_answering,
+    "token_classification": _token_classification,
 }

@@ -63,6 +63,10 @@ METRICS: dict[str, Metric] = {
         "higher", "ROUGE-Lsum of generated answers: mean F1 of subsequences by line, 0 to 1"
     ),
     "exact_match": Metric("higher", "share of answers that are a right answer itself"),
+    "span_f1": Metric("higher", "F1 of entities, right where both ends and the label are"),
+    "span_precision": Metric("higher", "share of the entities found that are right"),
+    "span_recall": Metric("higher", "share of the right entities that are found"),
+    "tag_accuracy": Metric("higher", "share of words whose tag is right"),
     "retention_loss": Metric("lower", "loss on a fixed general text: rises when it is forgotten"),
 }
 

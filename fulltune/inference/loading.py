@@ -132,6 +132,8 @@ def _infer_kind(
         kind, reason = "question_answering", f"its architecture is {architectures[0]}"
     elif any(name.endswith("ForConditionalGeneration") for name in architectures):
         kind, reason = "sequence_to_sequence", f"its architecture is {architectures[0]}"
+    elif any(name.endswith("ForTokenClassification") for name in architectures):
+        kind, reason = "token_classification", f"its architecture is {architectures[0]}"
     elif any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         has_template = tokenizer.chat_template is not None
         kind = "chat" if has_template else "text"

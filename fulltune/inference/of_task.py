@@ -13,6 +13,7 @@ from fulltune.data.tasks import (
     Message,
     QuestionExample,
     SourceTargetExample,
+    TaggingExample,
     TaskKind,
     TextExample,
 )
@@ -27,12 +28,14 @@ from fulltune.inference.generation import (
 )
 from fulltune.inference.labelling import classify
 from fulltune.inference.loading import Loaded
+from fulltune.inference.tagging import tag
 from fulltune.objectives.base import Objective
 from fulltune.objectives.classification import Classification
 from fulltune.objectives.multi_label import MultiLabel
 from fulltune.objectives.prompted_lm import PromptedLM, with_room
 from fulltune.objectives.question_answering import QuestionAnswering
 from fulltune.objectives.sequence_to_sequence import SequenceToSequence
+from fulltune.objectives.token_classification import TokenClassification
 
 Predict: TypeAlias = Callable[
     [Loaded, Objective, Sequence[Example], GenerationSettings | None, int], list[dict[str, Any]]
@@ -91,6 +94,21 @@ def _extract(
         batch_tokens=batch_tokens,
     )
     return [answer.as_json() for answer in found]
+
+
+def _tag(
+    loaded: Loaded,
+    objective: Objective,
+    examples: Sequence[Example],
+    settings: GenerationSettings | None,
+    batch_tokens: int,
+) -> list[dict[str, Any]]:
+    return tag(
+        loaded.model,
+        cast(TokenClassification, objective),
+        cast(Sequence[TaggingExample], examples),
+        batch_tokens=batch_tokens,
+    )
 
 
 def _answer(
@@ -200,6 +218,7 @@ PREDICTORS: dict[TaskKind, Predictor] = {
     "regression": Predictor(_give_score, rows=512, generates=False, truncates=True),
     "sequence_to_sequence": Predictor(_write_targets, rows=32, generates=True, truncates=True),
     "question_answering": Predictor(_extract, rows=128, generates=False, truncates=True),
+    "token_classification": Predictor(_tag, rows=512, generates=False, truncates=True),
 }
 
 

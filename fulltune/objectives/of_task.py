@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from fulltune.data.tags import complete_tags, wrong_class
 from fulltune.data.tasks import ANSWER_SETTINGS, SOURCE_FIELD, TaskKind
+from fulltune.data.word_pieces import require_word_ids
 from fulltune.errors import ConfigError, ModelError
 from fulltune.models.families import Family, family_of
 from fulltune.models.loading import context_length, offers_head, require_head
@@ -20,6 +22,7 @@ from fulltune.objectives.question_answering import QuestionAnswering
 from fulltune.objectives.question_windows import require_offsets
 from fulltune.objectives.regression import Regression
 from fulltune.objectives.sequence_to_sequence import SequenceToSequence
+from fulltune.objectives.token_classification import TokenClassification
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -66,6 +69,8 @@ class TaskObjective:
     """Whether `z_loss` has an effect."""
     encoder_decoder_head: Head | None = None
     """What an encoder-decoder is loaded to predict instead."""
+    classes: Callable[[Iterable[str]], tuple[str, ...]] = tuple
+    """The labels of the training data -> those of the model."""
 
     def head_of(self, config: PretrainedConfig) -> Head:
         """What a model of this configuration is loaded to predict."""
@@ -182,6 +187,23 @@ def _sequence_to_sequence(settings: ObjectiveSettings) -> SequenceToSequence | P
     )
 
 
+def _token_classification(settings: ObjectiveSettings) -> TokenClassification:
+    require_word_ids(settings.tokenizer)
+    if problem := wrong_class(settings.labels):
+        raise ModelError(
+            f"the classes of a tagger are tags of IOB2, but {problem}",
+            hint="they are `O`, and `B-LABEL` with or without `I-LABEL` of each label",
+        )
+    return TokenClassification(
+        settings.tokenizer,
+        settings.labels,
+        settings.max_length,
+        too_long=settings.too_long,
+        packing=family_of(settings.config).can_pack,
+        label_smoothing=settings.label_smoothing,
+    )
+
+
 def _predicts_the_next_token(family: Family) -> bool:
     return family.can_generate
 
@@ -205,6 +227,12 @@ OF_TASK: dict[TaskKind, TaskObjective] = {
         smooths_labels=True,
         bounds_logits=True,
         encoder_decoder_head="sequence_to_sequence",
+    ),
+    "token_classification": TaskObjective(
+        "token_classification",
+        _token_classification,
+        smooths_labels=True,
+        classes=complete_tags,
     ),
 }
 

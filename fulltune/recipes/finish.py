@@ -184,6 +184,7 @@ def _write_model(
         "columns": dict(task.columns),
         **({"settings": {name: getattr(task, name) for name in kept}} if kept else {}),
         **info_of(trainer.objective),
+        **trainer.prepared.info,
         "base_model": trainer.config.model,
         "fulltune_version": __version__,
         "run": str(trainer.folder),

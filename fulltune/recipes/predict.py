@@ -202,7 +202,12 @@ def _open(
     first = list(itertools.islice(records, ROWS_LOOKED_AT))
     loaded = load_for_inference(model, device=choose_device(device), dtype=dtype)
     config = TaskConfig(kind=loaded.kind, train=source, columns=_columns(columns, loaded))
-    layout = recognise_format(first, config, needs_label=False)
+    layout = recognise_format(
+        first,
+        config,
+        needs_label=False,
+        words_at_spaces=bool(loaded.info.get("words_at_spaces")),
+    )
     return itertools.chain(first, records), layout, loaded
 
 

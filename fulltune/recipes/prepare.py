@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -30,13 +30,14 @@ from fulltune.data.tasks import (
 )
 from fulltune.data.unknown_tokens import unknown_token_id
 from fulltune.errors import ConfigError, DataError
+from fulltune.evaluate.tagging_metrics import require_seqeval
 from fulltune.models.chat_template import CHAT_TEMPLATES, set_chat_template
 from fulltune.models.loading import context_length, load_model_config, load_tokenizer
 from fulltune.models.sources import resolve_model
 from fulltune.models.vocabulary import add_markers
 from fulltune.objectives.base import Objective
 from fulltune.objectives.multi_label import MultiLabel
-from fulltune.objectives.of_task import ObjectiveSettings, make_task_objective
+from fulltune.objectives.of_task import OF_TASK, ObjectiveSettings, make_task_objective
 from fulltune.runtime import cache_dir, num_cores
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class Prepared:
     """What the user must know: how rows were read and split."""
     sources: list[dict[str, Any]]
     """For the manifest: source, content hash, rows."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """What whoever uses the model must know of the data, for `fulltune.json`."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ def check_task_settings(task: TaskConfig) -> None:
                 f"`task.{name}` has no effect with `task.kind: {task.kind}`{why}",
                 hint="leave it out",
             )
+    if task.kind == "token_classification":
+        require_seqeval()
     if task.labels is not None and len(set(task.labels)) != max(2, len(task.labels)):
         raise ConfigError(
             f"`task.labels` cannot be `[{', '.join(task.labels)}]`: "
@@ -224,7 +229,7 @@ def prepare(
     train = split.train
     notes = [*encoded.notes, *([split.note] if split.note else [])]
     if TASKS[task.kind].supervision == "labels":
-        objective = _with_labels(objective, dataset, train)
+        objective = _with_labels(objective, dataset, train, OF_TASK[task.kind].classes)
         if isinstance(objective, MultiLabel):
             objective = _with_label_shares(objective, dataset, train)
         if task.class_weights is not None:
@@ -241,8 +246,15 @@ def prepare(
         facts = facts.model_copy(update={"documents_end": has_end})
     findings = check(facts, may_truncate=may_truncate)
     return Prepared(
-        objective, dataset, train, split.validation, facts, findings, tuple(notes), encoded.sources
-    )
+        objective, dataset, train, split.validation, facts, findings, tuple(notes), encoded.sources,
+        {"words_at_spaces": _words_at_spaces(task)} if facts.tags else {},
+    )  # fmt: skip
+
+
+def _words_at_spaces(task: TaskConfig) -> bool:
+    _, source = task_sources(task)[0]
+    first = list(read_records(source, limit=ROWS_LOOKED_AT))
+    return recognise_format(first, task).words_at_spaces
 
 
 def encode_task(
@@ -328,8 +340,19 @@ def _notes_on_rows(dataset: JoinedDataset, task: TaskConfig) -> list[str]:
     return notes
 
 
-def _with_labels(objective: Objective, dataset: JoinedDataset, train: IntArray) -> Objective:
+def _with_labels(
+    objective: Objective,
+    dataset: JoinedDataset,
+    train: IntArray,
+    classes: Callable[[Iterable[str]], tuple[str, ...]],
+) -> Objective:
     """An objective that knows its labels: those that are given, or else those of training.
+
+    Args:
+        objective: with an empty `labels` where none are given.
+        dataset: the examples.
+        train: those that are trained.
+        classes: the labels of training -> those of the model.
 
     Raises:
         DataError: labels are given, and the data has another one.
@@ -340,7 +363,7 @@ def _with_labels(objective: Objective, dataset: JoinedDataset, train: IntArray) 
         chosen = np.zeros(len(dataset), dtype=bool)
         chosen[train] = True
         present = np.unique(dataset.label_codes[np.repeat(chosen, np.diff(offsets))])
-        names = tuple(dataset.label_names[code] for code in present)
+        names = classes(dataset.label_names[code] for code in present)
         return cast(Objective, replace(cast(Any, objective), labels=names))
     unknown = [code for code, name in enumerate(dataset.label_names) if name not in given]
     places = np.flatnonzero(np.isin(dataset.label_codes, unknown))

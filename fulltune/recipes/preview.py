@@ -26,6 +26,7 @@ from fulltune.data.preview_view import (
     view_states,
     view_tokens,
 )
+from fulltune.data.tag_view import view_tags, with_entities
 from fulltune.data.tasks import TASKS, Example, QuestionExample
 from fulltune.errors import ConfigError
 from fulltune.memory.plan import MICRO_BATCH_TOKENS
@@ -178,7 +179,11 @@ def make_samples(
             packs, nothing.
     """
     assert isinstance(prepared.dataset, JoinedDataset)
-    chosen = prepared.train[: max(num_samples - 1, 1)].tolist() if num_samples else []
+    telling = prepared.train
+    if prepared.facts.tags:
+        telling = with_entities(prepared.dataset, prepared.train)
+        telling = telling if len(telling) else prepared.train
+    chosen = telling[: max(num_samples - 1, 1)].tolist() if num_samples else []
     if num_samples > 1 and len(prepared.train) > len(chosen):
         removed = prepared.dataset.num_removed[prepared.train]
         longest = prepared.dataset.lengths[prepared.train] + removed
@@ -211,10 +216,17 @@ def make_samples(
         kept = min(len(encoded["input_ids"]), objective.max_length)
         shown = slice(0, kept + MAX_SHOWN_REMOVED)
         input_ids = encoded["input_ids"][shown]
-        tokens = view_tokens(decode, input_ids, encoded["targets"][shown], kept)
+        targets = encoded["targets"][shown]
+        if prepared.facts.tags:
+            special = set(objective.tokenizer.all_special_ids)
+            tokens = view_tags(
+                decode, input_ids, targets, encoded["labels"], kept, special_ids=special
+            )
+        else:
+            tokens = view_tokens(decode, input_ids, targets, kept)
         missing = widths.get(places[where], kept) - kept
         tokens += [padding] * missing
-        title = _what_is_learned(examples[where], encoded)
+        title = None if prepared.facts.tags else _what_is_learned(examples[where], encoded)
         views.append(SampleView(where, title, tokens))
     return views
 

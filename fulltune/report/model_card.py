@@ -18,6 +18,7 @@ _TAGS = {
     "regression": ["text-classification", "regression"],
     "question_answering": ["question-answering"],
     "sequence_to_sequence": ["text2text-generation"],
+    "token_classification": ["token-classification"],
 }
 
 _HUB_LICENCES = frozenset(
@@ -40,6 +41,7 @@ _LIMITS = {
     "is true",
     "sequence_to_sequence": "it writes something for any text, also for text unlike its data, and "
     "may state what the text does not say",
+    "token_classification": "it knows the labels of its data alone, and no entity within another",
 }
 
 

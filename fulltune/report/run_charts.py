@@ -168,7 +168,7 @@ def label_charts(facts: PreviewFacts) -> list[tuple[str, Markup]]:
     for split in facts.splits:
         counts = split.labels.counts if split.labels else {}
         bars = sorted(((visible(name), float(count)) for name, count in counts.items()), key=_least)
-        title = f"{split.name}: examples by label"
+        title = f"{split.name}: {'words by tag' if facts.tags else 'examples by label'}"
         if len(bars) > NUM_LABELS:
             title += f", the {NUM_LABELS} most frequent of {len(bars):,}"
         chart = bar_chart(bars[:NUM_LABELS], title=title, show=count_text)

@@ -67,6 +67,7 @@ def name_of(key: str) -> str:
 _NAMES = {
     "macro_f1": "macro F1",
     "weighted_f1": "weighted F1",
+    "span_f1": "span F1",
     "matthews": "Matthews correlation",
     "f1": "F1",
     "lr": "learning rate",
