@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 # Before torch and huggingface_hub are imported: they read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,6 +29,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from fulltune.data.encoding import EncodedExample
@@ -179,6 +181,46 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5 of two layers on each side, dropout 0.1, with a tokenizer that ends a text itself."""
+    tokenizer = _byte_level_tokenizer(
+        ["<pad>", "</s>", "<extra_id_0>"], eos_token="</s>", pad_token="<pad>"
+    )
+    end = tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", end)]
+    )
+    torch.manual_seed(4)
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=end,
+            decoder_start_token_id=tokenizer.pad_token_id,
+        )
+    )
+    return _save(model, tokenizer, tmp_path_factory.mktemp("tiny_t5"))
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short sources with the target that follows from each, some in Chinese."""
+    rows = []
+    for index in range(40):
+        place, colour = PLACES[index % 8], COLOURS[index // 8 % 4]
+        if index % 4 == 3:
+            rows.append({"source": f"{place}的颜色{index}是{colour}", "target": f"{colour}。"})
+        else:
+            rows.append({"source": f"The {colour} house {index} of {place}", "target": colour})
+    return _write_jsonl(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty short conversations: one or two turns, some with a system prompt, some in Chinese."""
     conversations: list[list[dict[str, str]]] = []
@@ -234,7 +276,10 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _byte_level_tokenizer() -> PreTrainedTokenizerFast:
+def _byte_level_tokenizer(
+    special_tokens: Sequence[str] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    **values: Any,
+) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -242,18 +287,19 @@ def _byte_level_tokenizer() -> PreTrainedTokenizerFast:
         [*LINES, *PLACES, *COLOURS] * 4,
         trainers.BpeTrainer(
             vocab_size=400,
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            special_tokens=list(special_tokens),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
+    chatml = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "extra_special_tokens": ["<|im_start|>"],
+        "chat_template": CHATML,
+    }
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
-        model_max_length=256,
+        tokenizer_object=backend, model_max_length=256, **(values or chatml)
     )
 
 

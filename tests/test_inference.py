@@ -29,7 +29,7 @@ from fulltune.inference import (
     render_text_prompt,
     stop_ids,
 )
-from fulltune.inference.generation import _RowSampler
+from fulltune.inference.next_token import RowSampler
 
 CPU = torch.device("cpu")
 CONVERSATIONS = [
@@ -136,7 +136,7 @@ def test_another_seed_samples_another_answer(llama: Loaded) -> None:
 def test_samples_have_the_frequencies_of_the_model() -> None:
     logits = torch.tensor([[0.1, 0.5, 0.2, 0.15, 0.05]]).log()
     count = 4000
-    sampler = _RowSampler([[0]], GenerationSettings(temperature=1.0))
+    sampler = RowSampler([[0]], seed=0, temperature=1.0, top_p=1.0, top_k=0)
     drawn = torch.stack(
         [sampler(torch.empty(0), logits).argmax(-1) for _ in range(count)]
     ).flatten()
@@ -155,7 +155,7 @@ def test_a_sample_is_among_the_top_k_and_within_top_p(
     values: list[float], top_k: int, top_p: float
 ) -> None:
     logits = torch.tensor([values], dtype=torch.float32)
-    sampler = _RowSampler([[0]], GenerationSettings(temperature=1.0, top_k=top_k, top_p=top_p))
+    sampler = RowSampler([[0]], seed=0, temperature=1.0, top_p=top_p, top_k=top_k)
     token = int(sampler(torch.empty(0), logits).argmax())
     kept = sorted(values, reverse=True)[:top_k]
     assert values[token] >= kept[-1]

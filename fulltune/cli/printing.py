@@ -53,6 +53,8 @@ def print_metrics(report: Any) -> None:
     width = max(len(name) for name in report.metrics)
     for name, value in report.metrics.items():
         typer.echo(f"  {name:<{width}}  {format_number(value)}")
+    for name, signature in report.details.get("signatures", {}).items():
+        typer.echo(f"  {name:<{width}}  {signature}")
     per_label = report.details.get("per_label")
     if per_label:
         print_table(

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
 from fulltune.cli.app import FLAG, USE, Device, Json, Model, app
 from fulltune.cli.printing import parse_columns, print_answers, print_json, print_metrics
+
+NumBeams: TypeAlias = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Beam search over this many answers at once.")
+]
+LengthPenalty: TypeAlias = Annotated[
+    float,
+    typer.Option(metavar="X", help="Beam search: above 1 favours longer answers, below shorter."),
+]
+NoRepeatNgramSize: TypeAlias = Annotated[
+    int,
+    typer.Option(min=0, metavar="N", help="No N tokens come twice in an answer; 0 lets them."),
+]
+PrefixText: TypeAlias = Annotated[
+    str, typer.Option(metavar="TEXT", help="How every answer begins.")
+]
 
 
 @app.command(rich_help_panel=USE)
@@ -38,9 +53,35 @@ def evaluate(
         typer.Option(
             min=0,
             metavar="N",
-            help="Chat: prompts answered; by default as many as in training.",
+            help="Chat, sequence to sequence: prompts answered and shown; by default as many as in "
+            "training.",
         ),
     ] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Sequence to sequence: most sources answered to score the answers; by default "
+            "all, 0 for none.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Longest answer in tokens; by default twice the longest target.",
+        ),
+    ] = None,
+    num_beams: NumBeams = 1,
+    length_penalty: LengthPenalty = 1.0,
+    no_repeat_ngram_size: NoRepeatNgramSize = 0,
+    prefix_text: PrefixText = "",
+    tokenize: Annotated[
+        Literal["auto", "13a", "intl", "zh", "char", "none"],
+        typer.Option(help="Words of BLEU: a tokenizer of sacreBLEU."),
+    ] = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -50,7 +91,11 @@ def evaluate(
 
     report = recipe.run(
         model, data=data, columns=parse_columns(columns), too_long=too_long,
-        num_samples=samples, device=device,
+        num_samples=samples, generate=generate, tokenize=tokenize, device=device,
+        search=_given(
+            max_new_tokens=max_new_tokens, num_beams=num_beams, length_penalty=length_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size, prefix_text=prefix_text,
+        ),
     )  # fmt: skip
     if as_json:
         print_json(
@@ -108,9 +153,16 @@ def predict(
         ),
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the samples.")] = 0,
+    num_beams: NumBeams = 1,
+    length_penalty: LengthPenalty = 1.0,
+    no_repeat_ngram_size: NoRepeatNgramSize = 0,
+    prefix_text: PrefixText = "",
     too_long: Annotated[
         Literal["error", "truncate"],
-        typer.Option(help="Classification: what happens to a text longer than the context."),
+        typer.Option(
+            help="Classification, sequence to sequence: what happens to a text longer than the "
+            "model was trained for."
+        ),
     ] = "error",
     device: Device = "auto",
 ) -> None:
@@ -126,6 +178,10 @@ def predict(
             "temperature": temperature,
             "top_p": top_p,
             "seed": seed,
+            "num_beams": num_beams,
+            "length_penalty": length_penalty,
+            "no_repeat_ngram_size": no_repeat_ngram_size,
+            "prefix_text": prefix_text,
         },
     )
     result = recipe.run(
@@ -177,3 +233,12 @@ def report(
 
     name = "report.html" if len(runs) == 1 else "comparison.html"
     typer.echo(write_report(runs, output or runs[0] / name))
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The options that are not at their defaults, which would be refused where they do nothing."""
+    defaults = {
+        "max_new_tokens": None, "num_beams": 1, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
+        "prefix_text": "",
+    }  # fmt: skip
+    return {name: value for name, value in values.items() if value != defaults[name]}

@@ -18,6 +18,7 @@ from fulltune.data.chat_formats import (
     prompt_completion_messages,
     sharegpt_messages,
 )
+from fulltune.data.pair_formats import source_target, text_summary, translation
 from fulltune.data.records import Record
 from fulltune.data.rows import Row, listed, missing_column
 from fulltune.data.tasks import (
@@ -59,6 +60,8 @@ class _Layout:
     description: str
     example: Callable[[Row, bool], Example]
     """A row -> what it holds; the second says whether it needs its answer or label."""
+    keys: tuple[str, ...] = ()
+    """Fields among `optional_fields` that are no columns but keys within the first field."""
 
 
 def recognise_format(
@@ -195,6 +198,9 @@ def _columns(
             for field in _needed(layout, needs_label=needs_label)
         }
     for field in (*layout.fields, *layout.optional_fields):
+        if field in layout.keys:
+            columns |= {field: config.columns[field]} if field in config.columns else {}
+            continue
         column = config.columns.get(field, field)
         asked = field in config.columns and field != layout.answer
         there = any(column in record.fields for record in records)
@@ -484,5 +490,30 @@ _LAYOUTS: dict[str, _Layout] = {
         optional_fields=("text_pair",),
         description="regression: {text}, with `text_pair` where there is one, has one {score}",
         example=_regression,
+    ),
+    "source_target": _Layout(
+        kind="sequence_to_sequence",
+        fields=("source", "target"),
+        answer="target",
+        optional_fields=(),
+        description="source and target: {source} is read, {target} is written for it",
+        example=source_target,
+    ),
+    "summary": _Layout(
+        kind="sequence_to_sequence",
+        fields=("text", "summary"),
+        answer="summary",
+        optional_fields=(),
+        description="summaries: {text} is read, {summary} is written for it",
+        example=text_summary,
+    ),
+    "translation": _Layout(
+        kind="sequence_to_sequence",
+        fields=("translation",),
+        answer=None,
+        optional_fields=("source", "target"),
+        description="translations: {translation} holds a text by language",
+        example=translation,
+        keys=("source", "target"),
     ),
 }

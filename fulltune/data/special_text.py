@@ -127,6 +127,36 @@ def refuse_special_text(
             )
 
 
+def refuse_special_text_in(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, name: str, where: str
+) -> None:
+    """Refuse a field of a row that holds the text of a special token.
+
+    Raises:
+        DataError: naming the first, with file and line.
+    """
+    for start, stop in special_tokens(tokenizer).find(text):
+        raise DataError(
+            f"{where}: `{name}` holds `{text[start:stop]}`, which is a special token of this model",
+            hint="take it out, or, if these letters are meant, set `task.special_tokens: text`",
+        )
+
+
+def encode_between(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, before: str = "", after: str = ""
+) -> tuple[list[int], list[Span]]:
+    """Tokens of a text between two others, and their places in all of it.
+
+    Special tokens of ``before`` and ``after`` are the tokens; those in ``text`` are text.
+    """
+    start = len(before)
+    spans = [(start + first, start + last) for first, last in special_tokens(tokenizer).find(text)]
+    if spans:
+        return encode_beside_special_text(tokenizer, before + text + after, spans)
+    encoding = tokenizer.backend_tokenizer.encode(before + text + after, add_special_tokens=False)
+    return list(encoding.ids), list(encoding.offsets)
+
+
 @dataclass(frozen=True, slots=True)
 class Marks:
     """The two characters around a text that is to stay text."""

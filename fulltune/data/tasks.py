@@ -1,6 +1,6 @@
 """Tasks: what a record must hold, what an example is, and the settings that name the data.
 
-A *record* is a raw row of a file; an *example* is one instance of a task, before tokens. The three
+A *record* is a raw row of a file; an *example* is one instance of a task, before tokens. The
 example types below are all that the objectives see of the data.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fulltune.config import Settings
 
@@ -80,6 +80,18 @@ class PreferenceExample:
     where: str
 
 
+@dataclass(frozen=True, slots=True)
+class SourceTargetExample:
+    """A text and what is to be written for it. ``target`` is None only when predicting."""
+
+    source: str
+    target: str | None
+    where: str
+
+
+SOURCE_FIELD = "{source}"
+"""Where the source stands in a prompt."""
+
 Example: TypeAlias = (
     ChatExample
     | TextExample
@@ -87,9 +99,16 @@ Example: TypeAlias = (
     | ClassificationExample
     | MultiLabelExample
     | RegressionExample
+    | SourceTargetExample
 )
 TaskKind: TypeAlias = Literal[
-    "chat", "text", "preference", "classification", "multi_label", "regression"
+    "chat",
+    "text",
+    "preference",
+    "classification",
+    "multi_label",
+    "regression",
+    "sequence_to_sequence",
 ]
 
 
@@ -119,6 +138,8 @@ class Task:
     """Whether a trained model answers prompts."""
     becomes: TaskKind | None = None
     """The kind that a trained model is used as, where that is another one."""
+    generated_metrics: tuple[str, ...] = ()
+    """Metrics of answers that are generated for it, where that is asked for."""
 
 
 TASKS: dict[TaskKind, Task] = {
@@ -182,11 +203,23 @@ TASKS: dict[TaskKind, Task] = {
         answer="score",
         settings=("too_long",),
     ),
+    "sequence_to_sequence": Task(
+        kind="sequence_to_sequence",
+        summary="a text for a text: translation, summaries; the target is trained",
+        fields=("source", "target"),
+        optional_fields=(),
+        metrics=("loss", "perplexity", "retention_loss"),
+        supervision="tokens",
+        answer="target",
+        settings=("too_long", "special_tokens", "max_target_length", "prefix", "prompt"),
+        answers=True,
+        generated_metrics=("bleu", "chrf", "rouge1", "rouge2", "rouge_lsum", "exact_match"),
+    ),
 }
 
 SETTINGS_OF_SOME = (
     *("labels", "too_long", "template", "special_tokens", "loss", "class_weights"),
-    "dpo_beta",
+    *("dpo_beta", "max_target_length", "prefix", "prompt"),
 )
 """Settings of a task that have an effect on some kinds only; `Task.settings` says on which."""
 
@@ -212,6 +245,9 @@ class TaskConfig(Settings):
         "classification",
         "multi_label",
         "regression",
+        "source_target",
+        "summary",
+        "translation",
     ] = "auto"
     """How rows are laid out; `auto` recognises it from the first rows and says so."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -225,7 +261,17 @@ class TaskConfig(Settings):
     """Classification: what an example of each class counts for; `balanced` gives rare classes as
     much as frequent ones, null counts all the same."""
     max_length: Annotated[int, Field(ge=2)] | None = None
-    """Longest example in tokens; null is the model's context length."""
+    """Longest example in tokens; null is the model's context length. Sequence to sequence: longest
+    source, with its prefix or prompt."""
+    max_target_length: Annotated[int, Field(ge=2)] | None = None
+    """Sequence to sequence: longest target in tokens; null is the model's context length."""
+    prefix: str | None = None
+    """Sequence to sequence on encoder-decoders: stands before every source, such as `translate
+    English to German: `, its last space included."""
+    prompt: str | None = None
+    """Sequence to sequence on decoders: what the model is asked, with `{source}` in it. Where the
+    tokenizer has a chat template it is the user's turn, by default `{source}` alone; otherwise it
+    is plain text, by default `{source}` and a line end."""
     too_long: Literal["error", "truncate", "drop"] = "error"
     """What happens to an example longer than `max_length`. Documents of `text` are always cut into
     windows instead, losing nothing."""
@@ -235,7 +281,18 @@ class TaskConfig(Settings):
     """Chat: a Jinja file, or `chatml`, for a model without a chat template; null uses its own.
     `chatml` adds `<|im_start|>` and `<|im_end|>` to a model that lacks them."""
     special_tokens: Literal["error", "text"] = "error"
-    """Chat: what happens to a message that holds the text of a special token, such as `<|im_end|>`;
-    `text` encodes it letter by letter. It never becomes the token."""
+    """Chat, sequence to sequence: what happens to a message, source or target that holds the text
+    of a special token, such as `<|im_end|>`; `text` encodes it letter by letter. It never becomes
+    the token."""
     deduplicate: bool = False
     """Drop examples that repeat an earlier one exactly."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _holds_the_source_once(cls, prompt: str | None) -> str | None:
+        if prompt is not None and prompt.count(SOURCE_FIELD) != 1:
+            raise ValueError(
+                f"it must hold `{SOURCE_FIELD}` once; write for example "
+                f"`Translate to French: {SOURCE_FIELD}`"
+            )
+        return prompt

@@ -22,6 +22,7 @@ from fulltune.data.tasks import ChatExample, Message, TaskKind, TextExample
 from fulltune.errors import CheckpointError, ConfigError, DataError
 from fulltune.evaluate.measures import MEASURES
 from fulltune.evaluate.metrics import METRICS, language_metrics
+from fulltune.evaluate.text_metrics import Tokenization
 from fulltune.inference import (
     GenerationSettings,
     answering,
@@ -49,10 +50,17 @@ class EvaluateConfig(Settings):
     stop_after: Annotated[int, Field(ge=1)] | None = None
     """Evaluations without improvement after which training stops; null never stops early."""
     retention: bool | str = False
-    """Chat and text: also measure the loss on a general text, to notice what is forgotten; `true`
+    """Decoders: also measure the loss on a general text, to notice what is forgotten; `true`
     takes Shakespeare, a source takes its text."""
     num_samples: Annotated[int, Field(ge=0)] = 3
-    """Chat: held-out prompts answered before and after training, shown side by side."""
+    """Chat, sequence to sequence: held-out prompts answered before and after training, shown side
+    by side."""
+    generate: Annotated[int, Field(ge=0)] = 0
+    """Sequence to sequence: held-out sources answered at each evaluation, greedily, and scored by
+    BLEU, chrF, ROUGE and exact match; 0 scores no answers, which take far longer than the loss."""
+    tokenize: Tokenization = "auto"
+    """Words of BLEU: a tokenizer of sacreBLEU. `auto` is `zh` for Chinese references, `char` for
+    other writing without spaces, else `13a`; the signature says which."""
 
 
 class Examples(Protocol):

@@ -35,7 +35,7 @@ METRICS: dict[str, Metric] = {
     ),
     "target_accuracy": Metric(
         "higher",
-        "share of the targets of permutations or span corruption (there sentinels and end tokens "
+        "share of the targets of permutations or of an encoder-decoder (sentinels and end tokens "
         "too) whose likeliest guess is the right one",
     ),
     "sentence_accuracy": Metric(
@@ -54,12 +54,25 @@ METRICS: dict[str, Metric] = {
     "pearson": Metric("higher", "linear correlation of the numbers given and the right ones"),
     "spearman": Metric("higher", "correlation of their ranks"),
     "r2": Metric("higher", "share of the variance explained; 0 is always giving the mean"),
+    "bleu": Metric("higher", "BLEU of generated answers (sacreBLEU), 0 to 100"),
+    "chrf": Metric("higher", "chrF of generated answers (sacreBLEU), 0 to 100"),
+    "rouge1": Metric("higher", "ROUGE-1 of generated answers: mean F1 of words, 0 to 1"),
+    "rouge2": Metric("higher", "ROUGE-2 of generated answers: mean F1 of word pairs, 0 to 1"),
+    "rouge_lsum": Metric(
+        "higher", "ROUGE-Lsum of generated answers: mean F1 of subsequences by line, 0 to 1"
+    ),
+    "exact_match": Metric("higher", "share of generated answers that are the reference itself"),
     "retention_loss": Metric("lower", "loss on a fixed general text: rises when it is forgotten"),
 }
 
 
 def check_metric(
-    name: str | None, kind: TaskKind, *, retention: bool = False, more: Sequence[str] = ()
+    name: str | None,
+    kind: TaskKind,
+    *,
+    retention: bool = False,
+    generates: bool = False,
+    more: Sequence[str] = (),
 ) -> str:
     """The metric that early stopping and the best model go by.
 
@@ -67,6 +80,7 @@ def check_metric(
         name: a metric, or None for the first one of the task.
         kind: the task's kind.
         retention: whether the run measures `retention_loss` at all.
+        generates: whether it scores generated answers.
         more: what the run measures besides the metrics of the kind.
 
     Raises:
@@ -76,6 +90,7 @@ def check_metric(
         return TASKS[kind].metrics[0]
     measured = TASKS[kind].metrics
     possible = [known for known in measured if retention or not known.startswith("retention")]
+    possible += TASKS[kind].generated_metrics if generates else ()
     possible += more
     if name in possible:
         return name
@@ -83,6 +98,11 @@ def check_metric(
         message = f"`evaluate.metric` is `{name}`, which a {kind} run does not measure"
         if name in measured:
             raise ConfigError(message, hint="set `evaluate.retention=true` to measure it")
+        if name in TASKS[kind].generated_metrics:
+            raise ConfigError(
+                message + " without generated answers",
+                hint="set `evaluate.generate` to the number of examples that are answered",
+            )
     else:
         message = f"`evaluate.metric` is `{name}`, which is not a metric"
     near = near_names(name, possible)

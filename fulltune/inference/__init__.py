@@ -10,6 +10,7 @@ from fulltune.inference.generation import (
     GenerationSettings,
     Stream,
     generate,
+    generate_from_ids,
     generate_text,
 )
 from fulltune.inference.labelling import Prediction, classify
@@ -30,6 +31,7 @@ __all__ = [
     "classify",
     "cut_into_batches",
     "generate",
+    "generate_from_ids",
     "generate_text",
     "in_chunks",
     "load_for_inference",

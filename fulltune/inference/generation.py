@@ -1,16 +1,16 @@
 """Answers to prompts, as text.
 
-What a row answers does not depend on the rows beside it in the batch: padding is on the left and
-masked, positions start at each prompt's first token, and every row draws its samples from a
-generator of its own, seeded by `GenerationSettings.seed` and the prompt. Only rounding may differ,
-as matrix products of other shapes round differently.
+What a row answers does not depend on the rows beside it in the batch: padding is masked, on the
+left of a decoder's prompts and on the right of an encoder's, positions start at each prompt's first
+token, and every row draws its samples from a generator of its own, seeded by
+`GenerationSettings.seed` and the prompt. Only rounding may differ, as matrix products of other
+shapes round differently.
 
-Shape suffixes: B rows, T tokens, V vocabulary.
+Shape suffixes: B rows, T tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,9 +32,11 @@ from transformers import (
 
 from fulltune.config import Settings
 from fulltune.data.packing import group_by_length
+from fulltune.data.special_text import encode_between
 from fulltune.data.tasks import Message
-from fulltune.errors import DataError
+from fulltune.errors import ConfigError, DataError
 from fulltune.inference.batches import answering
+from fulltune.inference.next_token import NoRepeatedNgrams, RowSampler
 from fulltune.inference.prompts import render_prompt, render_text_prompt, stop_ids
 from fulltune.models.loading import context_length
 
@@ -55,9 +57,29 @@ class GenerationSettings(Settings):
     """Sample from this many likeliest tokens; 0 is no limit."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the samples; a prompt gets the same answer for the same seed."""
+    num_beams: Annotated[int, Field(ge=1)] = 1
+    """Beam search: the likeliest whole answer among this many that are followed at once."""
+    length_penalty: float = 1.0
+    """Beam search: an answer's log-probability is divided by its length to this power; above 1
+    favours longer answers, below 1 shorter ones."""
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
+    """No sequence of this many tokens comes twice in an answer; 0 lets all repeat."""
+    prefix_text: str = ""
+    """How every answer begins; the model goes on from there."""
 
     @model_validator(mode="after")
     def _refuse_settings_without_effect(self) -> GenerationSettings:
+        if self.num_beams > 1 and self.temperature:
+            raise ValueError(
+                f"`num_beams: {self.num_beams}` and `temperature: {self.temperature}` contradict "
+                "each other: beam search looks for the likeliest answer, and sampling draws one; "
+                "leave one of them out"
+            )
+        if self.num_beams == 1 and self.length_penalty != 1:
+            raise ValueError(
+                "`length_penalty` has no effect with `num_beams: 1`, which follows a single "
+                "answer; raise the beams, or leave it out"
+            )
         for name in ("top_p", "top_k"):
             default = type(self).model_fields[name].default
             if not self.temperature and getattr(self, name) != default:
@@ -135,6 +157,21 @@ def generate_text(
     return _continue_prompts(model, tokenizer, rendered, places, settings, stream, batch_tokens)
 
 
+def generate_from_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    settings: GenerationSettings | None = None,
+    where: Sequence[str] | None = None,
+    batch_tokens: int = 8192,
+) -> list[Answer]:
+    """Answer prompts that are tokens already: of an encoder-decoder, what its encoder reads."""
+    places = where or _places("prompt", len(prompts))
+    settings = settings or GenerationSettings()
+    return _continue_prompts(model, tokenizer, list(prompts), places, settings, None, batch_tokens)
+
+
 def _places(name: str, count: int) -> list[str]:
     return [f"{name} {number}" for number in range(1, count + 1)]
 
@@ -148,10 +185,17 @@ def _continue_prompts(
     stream: Stream | None,
     batch_tokens: int,
 ) -> list[Answer]:
+    if stream is not None and settings.num_beams > 1:
+        raise ConfigError(
+            f"`num_beams: {settings.num_beams}` cannot be shown word by word: which answer is the "
+            "best is known at its end",
+            hint="leave it out",
+        )
+    beginning, _ = encode_between(tokenizer, settings.prefix_text)
     context = context_length(model.config)
     rooms = []
     for prompt, place in zip(prompts, places, strict=True):
-        room = context - len(prompt)
+        room = context - len(prompt) - len(beginning)
         if room < 1:
             raise DataError(
                 f"{place}: the prompt has {len(prompt)} tokens, but the model's context is "
@@ -167,12 +211,12 @@ def _continue_prompts(
         order = sorted(range(len(prompts)), key=lambda i: (rooms[i], len(prompts[i]), i))
         for room, group in itertools.groupby(order, key=lambda i: rooms[i]):
             members = list(group)
-            lengths = [len(prompts[i]) + room for i in members]
+            lengths = [(len(prompts[i]) + room) * settings.num_beams for i in members]
             for chosen in group_by_length(np.array(lengths), token_budget=batch_tokens):
                 rows = [members[place] for place in chosen]
                 batch = [prompts[i] for i in rows]
                 generated = _generate_batch(
-                    model, tokenizer, batch, rows, room, stops, settings, stream
+                    model, tokenizer, batch, beginning, rows, room, stops, settings, stream
                 )
                 answers.update(zip(rows, generated, strict=True))
     return [answers[i] for i in range(len(prompts))]
@@ -182,28 +226,40 @@ def _generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
+    beginning: list[int],
     rows: list[int],
     room: int,
     stops: list[int],
     settings: GenerationSettings,
     stream: Stream | None,
 ) -> list[Answer]:
-    device = next(model.parameters()).device
-    width = max(len(prompt) for prompt in prompts)
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = stops[0] if stops else 0  # masked, and cut off behind the end: any token will do
-    input_ids_BT = torch.full((len(prompts), width), int(pad), dtype=torch.int64)
-    attention_mask_BT = torch.zeros_like(input_ids_BT)
-    for row, prompt in enumerate(prompts):
-        input_ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
-        attention_mask_BT[row, width - len(prompt) :] = 1
-    sampler = _RowSampler(prompts, settings)
+    inputs, width = _model_inputs(model, prompts, beginning, int(pad))
+    processors: list[LogitsProcessor] = []
+    if settings.no_repeat_ngram_size:
+        processors.append(NoRepeatedNgrams(settings.no_repeat_ngram_size, width))
+    if settings.temperature > 0:
+        processors.append(
+            RowSampler(
+                prompts,
+                seed=settings.seed,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                top_k=settings.top_k,
+            )
+        )
     watcher = _Streamer(tokenizer, rows, width, set(stops), stream)
+    # Settings of beam search are given with beams only: `generate` warns of them otherwise.
+    beams = (
+        {"num_beams": settings.num_beams, "length_penalty": settings.length_penalty}
+        if settings.num_beams > 1
+        else {}
+    )
     output_BT = cast(Any, model).generate(
-        input_ids=input_ids_BT.to(device),
-        attention_mask=attention_mask_BT.to(device),
-        logits_processor=LogitsProcessorList([sampler] if settings.temperature > 0 else []),
+        **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+        logits_processor=LogitsProcessorList(processors),
         stopping_criteria=StoppingCriteriaList([watcher] if stream else []),
         generation_config=GenerationConfig(
             max_new_tokens=room,
@@ -211,11 +267,14 @@ def _generate_batch(
             use_cache=True,
             eos_token_id=stops or None,
             pad_token_id=int(pad),
+            decoder_start_token_id=_start_id(model, int(pad)),
+            **beams,
         ),
     )
     answers = []
     for row, tokens in enumerate(output_BT[:, width:].tolist()):
-        end = next((place for place, token in enumerate(tokens) if token in stops), None)
+        ends = (place for place, token in enumerate(tokens) if token in stops)
+        end = next((place for place in ends if place >= len(beginning)), None)
         kept = tokens if end is None else tokens[:end]
         text = _decode(tokenizer, kept)
         if end is None:
@@ -226,47 +285,41 @@ def _generate_batch(
     return answers
 
 
+def _model_inputs(
+    model: PreTrainedModel, prompts: list[list[int]], beginning: list[int], pad: int
+) -> tuple[dict[str, Tensor], int]:
+    """What `generate` takes for prompts and the beginning of their answers.
+
+    Returns:
+        The tensors, and how many tokens of its output stand before the answers.
+    """
+    two_sided = bool(model.config.is_encoder_decoder)
+    given = prompts if two_sided else [[*prompt, *beginning] for prompt in prompts]
+    width = max(len(prompt) for prompt in given)
+    input_ids_BT = torch.full((len(given), width), pad, dtype=torch.int64)
+    attention_mask_BT = torch.zeros_like(input_ids_BT)
+    for row, prompt in enumerate(given):
+        place = slice(0, len(prompt)) if two_sided else slice(width - len(prompt), width)
+        input_ids_BT[row, place] = torch.tensor(prompt)
+        attention_mask_BT[row, place] = 1
+    inputs = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT}
+    if not two_sided:
+        return inputs, width - len(beginning)
+    start = torch.tensor([[_start_id(model, pad), *beginning]])
+    return {**inputs, "decoder_input_ids": start.expand(len(given), -1)}, 1
+
+
+def _start_id(model: PreTrainedModel, pad: int) -> int | None:
+    """The token that a decoder beside an encoder begins with; None without an encoder."""
+    if not model.config.is_encoder_decoder:
+        return None
+    start = model.config.decoder_start_token_id
+    return pad if start is None else int(start)
+
+
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text)
-
-
-class _RowSampler(LogitsProcessor):
-    """Makes the greedy choice a sample: the largest of logit plus Gumbel noise is one.
-
-    `torch.multinomial` over a batch would make a row's sample depend on the rows before it.
-    """
-
-    def __init__(self, prompts: list[list[int]], settings: GenerationSettings) -> None:
-        self.settings = settings
-        self.generators = [
-            torch.Generator().manual_seed(_row_seed(prompt, settings.seed)) for prompt in prompts
-        ]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits_BV = scores.float() / self.settings.temperature
-        vocabulary = logits_BV.shape[-1]
-        if 0 < self.settings.top_k < vocabulary:
-            least_B1 = logits_BV.topk(self.settings.top_k, dim=-1).values[:, -1:]
-            logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
-        if self.settings.top_p < 1:
-            sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
-            before_BV = sorted_BV.softmax(dim=-1).cumsum(dim=-1) - sorted_BV.softmax(dim=-1)
-            beyond_BV = before_BV >= self.settings.top_p  # never the first
-            beyond_BV[:, 0] = False
-            removed_BV = torch.zeros_like(beyond_BV).scatter(-1, order_BV, beyond_BV)
-            logits_BV = logits_BV.masked_fill(removed_BV, -torch.inf)
-        tiny = torch.finfo(torch.float32).tiny
-        uniform_BV = torch.stack(
-            [torch.rand(vocabulary, generator=generator) for generator in self.generators]
-        ).clamp_(min=tiny)
-        noise_BV = -torch.log(-torch.log(uniform_BV))
-        return logits_BV + noise_BV.to(logits_BV.device)
-
-
-def _row_seed(prompt: list[int], seed: int) -> int:
-    content = f"{seed}:{','.join(map(str, prompt))}".encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "little")
 
 
 class _Streamer(StoppingCriteria):

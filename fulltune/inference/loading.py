@@ -25,6 +25,7 @@ from fulltune.models.sources import resolve_model
 from fulltune.objectives.base import Objective, TooLong
 from fulltune.objectives.causal_lm import require_plain_head
 from fulltune.objectives.of_task import OF_TASK, ObjectiveSettings, make_task_objective
+from fulltune.objectives.span_corruption import require_plain_decoder_head
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def load_for_inference(
     kind = info["kind"] if "kind" in info else _infer_kind(path, config, tokenizer)
     model = load_model(
         path,
-        head=OF_TASK[kind].head,
+        head=OF_TASK[kind].head_of(config),
         dtype=dtype or cast(torch.dtype | None, config.dtype) or torch.float32,
         attention=IMPLEMENTATION,
     )
@@ -96,8 +97,11 @@ def build_objective(
     """
     context = context_length(loaded.model.config)
     longest = min(max_length or loaded.info.get("max_length", context), context)
-    if OF_TASK[loaded.kind].head == "causal_lm":
+    head = OF_TASK[loaded.kind].head_of(loaded.model.config)
+    if head == "causal_lm":
         require_plain_head(loaded.model)
+    elif head == "sequence_to_sequence":
+        require_plain_decoder_head(loaded.model)
     settings = ObjectiveSettings(
         loaded.tokenizer,
         loaded.model.config,
@@ -105,6 +109,9 @@ def build_objective(
         labels=loaded.labels,
         too_long=too_long,
         special_tokens=special_tokens,
+        max_target_length=loaded.info.get("max_target_length"),
+        prefix=loaded.info.get("prefix"),
+        prompt=loaded.info.get("prompt"),
     )
     return make_task_objective(loaded.kind, settings)
 
@@ -120,6 +127,8 @@ def _infer_kind(
         }
         kind = kinds.get(config.problem_type, "classification")
         reason = f"its architecture is {architectures[0]}"
+    elif any(name.endswith("ForConditionalGeneration") for name in architectures):
+        kind, reason = "sequence_to_sequence", f"its architecture is {architectures[0]}"
     elif any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         has_template = tokenizer.chat_template is not None
         kind = "chat" if has_template else "text"

@@ -11,16 +11,25 @@ from fulltune.data.tasks import (
     ClassificationExample,
     Example,
     Message,
+    SourceTargetExample,
     TaskKind,
     TextExample,
 )
 from fulltune.inference.batches import encode_whole, score_examples
-from fulltune.inference.generation import Answer, GenerationSettings, generate, generate_text
+from fulltune.inference.generation import (
+    Answer,
+    GenerationSettings,
+    generate,
+    generate_from_ids,
+    generate_text,
+)
 from fulltune.inference.labelling import classify
 from fulltune.inference.loading import Loaded
 from fulltune.objectives.base import Objective
 from fulltune.objectives.classification import Classification
 from fulltune.objectives.multi_label import MultiLabel
+from fulltune.objectives.prompted_lm import PromptedLM, with_room
+from fulltune.objectives.sequence_to_sequence import SequenceToSequence
 
 Predict: TypeAlias = Callable[
     [Loaded, Objective, Sequence[Example], GenerationSettings | None, int], list[dict[str, Any]]
@@ -37,7 +46,9 @@ class Predictor:
     rows: int
     """Rows between two writes: few enough to lose little, many enough for full batches."""
     generates: bool
-    """Whether `GenerationSettings` have an effect, and not `too_long`."""
+    """Whether `GenerationSettings` have an effect."""
+    truncates: bool
+    """Whether `too_long` has an effect."""
 
 
 def _label(
@@ -106,6 +117,28 @@ def _continue(
     return _as_json(answers)
 
 
+def _write_targets(
+    loaded: Loaded,
+    objective: Objective,
+    examples: Sequence[Example],
+    settings: GenerationSettings | None,
+    batch_tokens: int,
+) -> list[dict[str, Any]]:
+    settings = settings or GenerationSettings()
+    writer = cast(SequenceToSequence | PromptedLM, objective)
+    if isinstance(writer, PromptedLM) and writer.too_long == "truncate":
+        writer = with_room(writer, settings.max_new_tokens)
+    answers = generate_from_ids(
+        loaded.model,
+        loaded.tokenizer,
+        [writer.prompt_ids(cast(SourceTargetExample, example)) for example in examples],
+        settings=settings,
+        where=[example.where for example in examples],
+        batch_tokens=batch_tokens,
+    )
+    return _as_json(answers)
+
+
 def _as_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return [{"answer": answer.text, "stopped": answer.stopped} for answer in answers]
 
@@ -141,11 +174,12 @@ def _give_score(
 
 
 PREDICTORS: dict[TaskKind, Predictor] = {
-    "chat": Predictor(_answer, rows=32, generates=True),
-    "text": Predictor(_continue, rows=32, generates=True),
-    "classification": Predictor(_label, rows=512, generates=False),
-    "multi_label": Predictor(_label_each, rows=512, generates=False),
-    "regression": Predictor(_give_score, rows=512, generates=False),
+    "chat": Predictor(_answer, rows=32, generates=True, truncates=False),
+    "text": Predictor(_continue, rows=32, generates=True, truncates=False),
+    "classification": Predictor(_label, rows=512, generates=False, truncates=True),
+    "multi_label": Predictor(_label_each, rows=512, generates=False, truncates=True),
+    "regression": Predictor(_give_score, rows=512, generates=False, truncates=True),
+    "sequence_to_sequence": Predictor(_write_targets, rows=32, generates=True, truncates=True),
 }
 
 

@@ -50,6 +50,8 @@ class Family:
     whatever the rows beside it are; otherwise the hidden states are pooled here."""
     decoder_input: Callable[[Any, Tensor], Any] | None = None
     """What the decoder of a classifier reads, [B, T] -> [B, T]; None without a decoder."""
+    has_decoder: bool = False
+    """Whether a decoder beside the encoder writes a text."""
     positions_after_padding: bool = False
     """Whether positions start at the padding id + 1, which shortens the context by as much."""
     config_values: Mapping[str, object] = field(default_factory=dict)
@@ -193,6 +195,7 @@ T5 = Family(
     # But the last end token, and it refuses rows that have unlike numbers of them.
     pools_real_tokens=False,
     decoder_input=_t5_decoder_input,
+    has_decoder=True,
 )
 
 # Measured, not read off: a packed row gave each of these the same hidden states as its documents

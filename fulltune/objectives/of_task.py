@@ -6,15 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fulltune.data.tasks import TaskKind
+from fulltune.data.tasks import SOURCE_FIELD, TaskKind
 from fulltune.errors import ConfigError, ModelError
 from fulltune.models.families import Family, family_of
+from fulltune.models.loading import context_length
 from fulltune.objectives.base import Objective, TooLong
 from fulltune.objectives.causal_lm import CausalLM
 from fulltune.objectives.classification import Classification, ClassificationLoss
 from fulltune.objectives.multi_label import MultiLabel
 from fulltune.objectives.preference import Preference
+from fulltune.objectives.prompted_lm import PromptedLM
 from fulltune.objectives.regression import Regression
+from fulltune.objectives.sequence_to_sequence import SequenceToSequence
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -37,6 +40,9 @@ class ObjectiveSettings:
     loss: ClassificationLoss = "cross_entropy"
     beta: float = 0.1
     special_tokens: Literal["error", "text"] = "error"
+    max_target_length: int | None = None
+    prefix: str | None = None
+    prompt: str | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
@@ -46,7 +52,7 @@ class TaskObjective:
     """How a kind of task is trained and scored."""
 
     head: Head
-    """What the model is loaded to predict."""
+    """What a model is loaded to predict."""
     make: Callable[[ObjectiveSettings], Objective]
     can: Callable[[Family], bool] = lambda family: True
     """Whether models of a family can do it."""
@@ -54,6 +60,13 @@ class TaskObjective:
     """Whether `label_smoothing` has an effect."""
     bounds_logits: bool = False
     """Whether `z_loss` has an effect."""
+    encoder_decoder_head: Head | None = None
+    """What an encoder-decoder is loaded to predict instead."""
+
+    def head_of(self, config: PretrainedConfig) -> Head:
+        """What a model of this configuration is loaded to predict."""
+        is_two_sided = bool(getattr(config, "is_encoder_decoder", False))
+        return (self.encoder_decoder_head if is_two_sided else None) or self.head
 
 
 def _causal_lm(settings: ObjectiveSettings) -> CausalLM:
@@ -109,8 +122,50 @@ def _regression(settings: ObjectiveSettings) -> Regression:
     return Regression(**_reader(settings))
 
 
+def _sequence_to_sequence(settings: ObjectiveSettings) -> SequenceToSequence | PromptedLM:
+    context = context_length(settings.config)
+    if settings.config.is_encoder_decoder:
+        if settings.prompt is not None:
+            raise ConfigError(
+                "`task.prompt` has no effect on an encoder-decoder, whose encoder reads the source",
+                hint="write what is to stand before it as `task.prefix`",
+            )
+        return SequenceToSequence(
+            settings.tokenizer,
+            settings.max_length,
+            settings.max_target_length or context,
+            prefix=settings.prefix or "",
+            too_long=settings.too_long,
+            special_tokens=settings.special_tokens,
+            label_smoothing=settings.label_smoothing,
+            z_loss=settings.z_loss,
+        )
+    if settings.prefix is not None:
+        raise ConfigError(
+            "`task.prefix` has no effect on a decoder, which is prompted",
+            hint=f"write `task.prompt: '{settings.prefix}{SOURCE_FIELD}'`",
+        )
+    has_template = bool(settings.tokenizer.chat_template)
+    return PromptedLM(
+        settings.tokenizer,
+        settings.max_length,
+        settings.too_long,
+        packing=family_of(settings.config).can_pack,
+        label_smoothing=settings.label_smoothing,
+        z_loss=settings.z_loss,
+        special_tokens=settings.special_tokens,
+        prompt=settings.prompt or (SOURCE_FIELD if has_template else f"{SOURCE_FIELD}\n"),
+        max_target_length=settings.max_target_length or context,
+        context=context,
+    )
+
+
 def _predicts_the_next_token(family: Family) -> bool:
     return family.can_generate
+
+
+def _writes(family: Family) -> bool:
+    return family.can_generate or family.has_decoder
 
 
 OF_TASK: dict[TaskKind, TaskObjective] = {
@@ -120,6 +175,14 @@ OF_TASK: dict[TaskKind, TaskObjective] = {
     "classification": TaskObjective("classification", _classification, smooths_labels=True),
     "multi_label": TaskObjective("multi_label", _multi_label),
     "regression": TaskObjective("regression", _regression),
+    "sequence_to_sequence": TaskObjective(
+        "causal_lm",
+        _sequence_to_sequence,
+        _writes,
+        smooths_labels=True,
+        bounds_logits=True,
+        encoder_decoder_head="sequence_to_sequence",
+    ),
 }
 
 
@@ -150,3 +213,13 @@ def make_task_objective(kind: TaskKind, settings: ObjectiveSettings) -> Objectiv
             hint=f"it can do {possible}; `fulltune models` says what others can",
         )
     return task.make(settings)
+
+
+def info_of(objective: Objective) -> dict[str, Any]:
+    """What a model's `fulltune.json` must hold besides its kind and `max_length`.
+
+    With it, examples are encoded in prediction as they were in training.
+    """
+    if isinstance(objective, SequenceToSequence | PromptedLM):
+        return objective.info
+    return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,15 +15,22 @@ from fulltune.data.encoded_dataset import encode_dataset
 from fulltune.data.joined import JoinedDataset
 from fulltune.data.tasks import TASKS, TaskConfig
 from fulltune.errors import ConfigError, DataError
-from fulltune.evaluate.evaluator import EvaluateConfig, Sample, evaluate_model, sample_answers
-from fulltune.inference import build_objective, load_for_inference
+from fulltune.evaluate.evaluator import EvaluateConfig, Sample, evaluate_model
+from fulltune.evaluate.generated import (
+    TextToText,
+    default_settings,
+    sample_examples,
+    score_generated,
+)
+from fulltune.evaluate.text_metrics import Tokenization, require_text_metrics
+from fulltune.inference import GenerationSettings, build_objective, load_for_inference
 from fulltune.models.attention import IMPLEMENTATION
 from fulltune.models.loading import load_model
 from fulltune.objectives.base import Objective, TooLong
 from fulltune.recipes import pretrain
 from fulltune.recipes.columns import columns_as_options
 from fulltune.recipes.finetune import Config
-from fulltune.recipes.prepare import first_conversations, prepare
+from fulltune.recipes.prepare import first_examples, prepare
 from fulltune.runtime import cache_dir, choose_device, num_cores
 from fulltune.tracking import make_display
 from fulltune.train.run_folder import (
@@ -47,7 +54,8 @@ class EvaluationReport:
     metrics: dict[str, float]
     details: dict[str, Any]
     samples: list[Sample] = field(default_factory=list)
-    """Chat: the first prompts of the data, what the model answers, and what the data answers."""
+    """Of a model that answers: the first prompts of the data, what it answers, and what the data
+    answers."""
 
 
 def run(
@@ -57,6 +65,9 @@ def run(
     columns: dict[str, str] | None = None,
     too_long: TooLong | None = None,
     num_samples: int | None = None,
+    generate: int | None = None,
+    search: Mapping[str, Any] | None = None,
+    tokenize: Tokenization = "auto",
     device: str = "auto",
 ) -> EvaluationReport:
     """Evaluate a model on ``data``, or a run on its own validation split.
@@ -68,15 +79,20 @@ def run(
         columns: our field name -> the column's name; None is what the model was trained with.
         too_long: what happens to an example of ``data`` that is longer than the model was trained
             for; None is an error.
-        num_samples: chat: prompts of the data that are answered; None is what the run did, and of
-            ``data`` the default of training.
+        num_samples: chat, sequence to sequence: prompts of the data that are answered; None is
+            what the run did, and of ``data`` the default of training.
+        generate: sequence to sequence: most sources that are answered to score the answers; None
+            is all of them, and 0 scores none.
+        search: values of `GenerationSettings` for these answers; without `max_new_tokens` it is
+            twice the longest target.
+        tokenize: of BLEU; see `text_scores`.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
         ConfigError: there is neither data nor a run with a validation split, what has an effect
-            on ``data`` alone is given without it, or samples are asked of a model that does not
-            chat.
+            on ``data`` alone is given without it, or answers are asked of a model that gives none.
         DataError: the data of the run has changed, so that its split would be another one.
+        MissingExtraError: the packages that score answers are not installed.
     """
     if data is None and (columns or too_long is not None):
         raise ConfigError(
@@ -92,6 +108,7 @@ def run(
                 "measured on documents",
                 hint="leave them out",
             )
+        _refuse_generation("a pre-trained model", generate, search, tokenize)
         return _evaluate_pretrained(model, *pretrained, data, columns, device)
     with make_display(title=f"evaluate {model}") as display:
         display.stage("loading the model")
@@ -102,6 +119,12 @@ def run(
                 "not answer prompts",
                 hint="leave it out",
             )
+        scores_answers = generate != 0 and bool(TASKS[loaded.kind].generated_metrics)
+        if scores_answers:
+            require_text_metrics()
+        else:
+            named = f"a model of `task.kind: {loaded.kind}`" if generate != 0 else "`--generate 0`"
+            _refuse_generation(named, generate, search, tokenize)
         display.stage("reading and tokenizing the data")
         if data is None:
             folder, config = _run_of(Path(model))
@@ -135,25 +158,55 @@ def run(
             indices, named = np.arange(len(dataset)), data
         display.stage(f"evaluating {len(indices):,} examples")
         result = evaluate_model(loaded.model, objective, dataset, indices, kind=loaded.kind)
+        metrics, details = dict(result.metrics), dict(result.details)
+        if scores_answers:
+            chosen = indices[:generate]
+            display.stage(f"answering {len(chosen):,} sources")
+            writer = cast(TextToText, objective)
+            settings = build_config(
+                GenerationSettings,
+                {
+                    "max_new_tokens": default_settings(writer, dataset, chosen).max_new_tokens,
+                    **(search or {}),
+                },
+            )
+            generated = score_generated(
+                loaded.model, writer, dataset, chosen, settings=settings, tokenize=tokenize
+            )
+            metrics |= generated.metrics
+            details |= generated.details
         samples: list[Sample] = []
         count = asked if num_samples is None else num_samples
         if TASKS[loaded.kind].answers and count:
             display.stage("answering prompts")
-            samples = sample_answers(
-                loaded.model,
-                loaded.tokenizer,
-                first_conversations(task, dataset, indices, num_samples=count),
-                num_samples=count,
-            )
+            examples = first_examples(task, dataset, indices, num_samples=count)
+            samples = sample_examples(loaded.model, objective, examples, num_samples=count)
     return EvaluationReport(
         model,
         named,
         result.num_examples,
         result.num_targets,
-        result.metrics,
-        result.details,
+        metrics,
+        details,
         samples,
     )
+
+
+def _refuse_generation(
+    named: str, generate: int | None, search: Mapping[str, Any] | None, tokenize: Tokenization
+) -> None:
+    """Refuse settings of answers where none are scored."""
+    given = dict(search or {})
+    if tokenize != "auto":
+        given["tokenize"] = tokenize
+    if generate:
+        given["generate"] = generate
+    for name, value in given.items():
+        raise ConfigError(
+            f"`--{name.replace('_', '-')} {value}` has no effect on {named}, whose answers are not "
+            "scored",
+            hint="leave it out",
+        )
 
 
 def _pretraining_run(path: Path) -> tuple[Path, pretrain.Config] | None:

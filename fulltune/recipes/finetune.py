@@ -26,6 +26,7 @@ from fulltune.evaluate.evaluator import (
     retention_source,
 )
 from fulltune.evaluate.metrics import check_metric
+from fulltune.evaluate.text_metrics import check_tokenization, require_text_metrics
 from fulltune.memory.plan import MemorySetting
 from fulltune.models.scope import Scope
 from fulltune.objectives.base import Objective
@@ -189,6 +190,7 @@ def check_settings(config: Config, start: Start = FINETUNE) -> str:
         config.evaluate.metric,
         config.task.kind,
         retention=bool(config.evaluate.retention),
+        generates=config.evaluate.generate > 0,
         more=start.metrics,
     )
     check_sinks(config.tracking)
@@ -207,12 +209,22 @@ def _refuse_settings_without_effect(config: Config) -> None:
             "stop_after": config.evaluate.stop_after is None,
             "every": config.evaluate.every == default.every or bool(config.evaluate.retention),
             "num_samples": not asks_for_samples or not TASKS[config.task.kind].answers,
+            "generate": not config.evaluate.generate,
         }
         if name := next((name for name, is_fine in fine.items() if not is_fine), None):
             raise ConfigError(
                 f"`evaluate.{name}` has no effect with `task.validation: null`",
                 hint="hold something out, such as `task.validation: 5%`, or leave it out",
             )
+    if config.evaluate.generate:
+        if not TASKS[config.task.kind].generated_metrics:
+            raise ConfigError(
+                f"`evaluate.generate` has no effect with `task.kind: {config.task.kind}`, whose "
+                "answers are not scored",
+                hint="leave it out",
+            )
+        require_text_metrics()
+    check_tokenization(config.evaluate.tokenize, generates=config.evaluate.generate > 0)
     if asks_for_samples and not TASKS[config.task.kind].answers:
         raise ConfigError(
             f"`evaluate.num_samples` has no effect with `task.kind: {config.task.kind}`, which "

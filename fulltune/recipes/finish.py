@@ -24,6 +24,7 @@ from fulltune.models.adapters import merge_lora
 from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import save_model
 from fulltune.models.scope import lora_rank
+from fulltune.objectives.of_task import info_of
 from fulltune.recipes.measuring import measure, sample
 from fulltune.report.report import render_model_card, write_report
 from fulltune.runtime import (
@@ -179,6 +180,7 @@ def _write_model(
         "kind": TASKS[trainer.config.task.kind].becomes or trainer.config.task.kind,
         "max_length": trainer.objective.max_length,
         "columns": dict(trainer.config.task.columns),
+        **info_of(trainer.objective),
         "base_model": trainer.config.model,
         "fulltune_version": __version__,
         "run": str(trainer.folder),
@@ -259,6 +261,7 @@ def _manifest(trainer: Trainer, ending: Ending, change: list[dict[str, Any]]) ->
         "data": trainer.prepared.sources,
         "settings": trainer.config.model_dump(mode="json"),
         "results": trainer.last_metrics,
+        "signatures": trainer.last_details.get("signatures", {}),
         "best_step": trainer.best.best_step,
         "licence": licence_of(trainer.config.model),
         "steps": trainer.progress.step,

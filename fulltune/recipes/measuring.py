@@ -10,8 +10,10 @@ from fulltune.evaluate.evaluator import (
     EvaluationResult,
     evaluate_model,
     evaluate_retention,
-    sample_answers,
 )
+from fulltune.evaluate.generated import sample_examples, score_generated
+from fulltune.objectives.prompted_lm import PromptedLM
+from fulltune.objectives.sequence_to_sequence import SequenceToSequence
 from fulltune.recipes.resume import save_best
 from fulltune.train.ranks import from_main_rank, on_main_rank
 from fulltune.train.run_folder import write_atomically, write_errors
@@ -35,7 +37,20 @@ def measure(trainer: Trainer, model: PreTrainedModel) -> tuple[dict[str, float],
             kind=trainer.config.task.kind,
             micro_batch_tokens=trainer.plan.micro_batch_tokens,
         )
-        metrics, details = dict(result.metrics), result.details
+        metrics, details = dict(result.metrics), dict(result.details)
+        num_generated = trainer.config.evaluate.generate
+        if num_generated:
+            assert isinstance(trainer.objective, SequenceToSequence | PromptedLM)
+            generated = score_generated(
+                model,
+                trainer.objective,
+                trainer.prepared.dataset,
+                trainer.prepared.validation[:num_generated],
+                tokenize=trainer.config.evaluate.tokenize,
+                batch_tokens=trainer.plan.micro_batch_tokens,
+            )
+            metrics |= generated.metrics
+            details |= generated.details
     if trainer.retention is not None:
         metrics["retention_loss"] = evaluate_retention(
             model,
@@ -82,12 +97,7 @@ def sample(trainer: Trainer, step: int, model: PreTrainedModel) -> None:
     if not answers or not count or not len(trainer.prepared.validation):
         return
     trainer.display.stage("answering held-out prompts")
-    samples = sample_answers(
-        model,
-        trainer.base.tokenizer,
-        trainer.conversations,
-        num_samples=count,
-    )
+    samples = sample_examples(model, trainer.objective, trainer.sampled, num_samples=count)
     lines = [{"step": step, **sample.as_json()} for sample in samples]
     # Written anew with what was there of other steps: a run killed here samples once more.
     path = trainer.folder / "samples.jsonl"

@@ -50,9 +50,10 @@ def describe_origin(
                 f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode()
             )
     values: dict[str, Any] = {"column": dict(columns), "dtype": str(loaded.model.dtype)}
-    if not PREDICTORS[loaded.kind].generates:
+    predictor = PREDICTORS[loaded.kind]
+    if predictor.truncates:
         values["too_long"] = too_long
-    else:
+    if predictor.generates:
         values |= (settings or GenerationSettings()).model_dump(mode="json")
     return Origin(model, digest.hexdigest(), values)
 

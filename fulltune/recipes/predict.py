@@ -88,8 +88,8 @@ def run(
             model and settings.
         settings: how answers are generated.
         columns: our field name -> the column's name; None is what the model was trained with.
-        too_long: classification: what happens to a text longer than the context. It cannot be
-            dropped: the row would be missing from the output.
+        too_long: classification, sequence to sequence: what happens to a text longer than the model
+            was trained for. It cannot be dropped: the row would be missing from the output.
         device: `auto`, `cpu` or `cuda`.
         dtype: dtype of the weights; None keeps the stored one.
         batch_tokens: most tokens of a batch.
@@ -129,7 +129,7 @@ def run(
             write_origin(output, origin)
         except OSError as error:
             raise _unwritable(origin_path(output), error) from None
-    objective = build_objective(loaded, too_long="error" if predictor.generates else too_long)
+    objective = build_objective(loaded, too_long=too_long if predictor.truncates else "error")
     num_predicted = 0
     with _Sink(output, append=num_kept > 0 or (resume and output is not None)) as sink:
         for chunk in in_chunks(records, rows):
@@ -155,7 +155,8 @@ def _refuse_settings_without_effect(
     loaded: Loaded, settings: GenerationSettings | None, too_long: str
 ) -> None:
     given: dict[str, object] = {}
-    if not PREDICTORS[loaded.kind].generates:
+    predictor = PREDICTORS[loaded.kind]
+    if not predictor.generates:
         defaults = GenerationSettings()
         chosen = settings or defaults
         given = {
@@ -163,8 +164,8 @@ def _refuse_settings_without_effect(
             for name in GenerationSettings.model_fields
             if getattr(chosen, name) != getattr(defaults, name)
         }
-    elif too_long != "error":
-        given = {"too_long": too_long}
+    if not predictor.truncates and too_long != "error":
+        given["too_long"] = too_long
     for name, value in given.items():
         option = f"--{name.replace('_', '-')}"
         raise ConfigError(

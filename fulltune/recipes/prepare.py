@@ -176,6 +176,12 @@ def make_objective(
             "tokens",
             hint=f"give at most {context}, or null for all of it",
         )
+    if task.max_target_length is not None and task.max_target_length >= context:
+        raise ConfigError(
+            f"`task.max_target_length` is {task.max_target_length:,}, but the model's context is "
+            f"{context:,} tokens",
+            hint="give less, or null for what the source leaves",
+        )
     settings = ObjectiveSettings(
         base.tokenizer,
         base.config,
@@ -185,6 +191,9 @@ def make_objective(
         loss=task.loss,
         beta=task.dpo_beta,
         special_tokens=task.special_tokens,
+        max_target_length=task.max_target_length,
+        prefix=task.prefix,
+        prompt=task.prompt,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
@@ -400,24 +409,23 @@ def find_examples(
     return found
 
 
-def first_conversations(
+def first_examples(
     task: TaskConfig,
     dataset: JoinedDataset | JoinedExamples,
     indices: Sequence[int] | IntArray,
     *,
     num_samples: int,
-) -> list[ChatExample]:
-    """The conversations to sample answers from: a few more than asked for, as some do not fit."""
+) -> list[Example]:
+    """The examples to sample answers from: a few more than asked for, as some do not fit."""
     wheres = [dataset.where(int(index)) for index in indices[: 4 * num_samples]]
     examples = find_examples(task, wheres)
     found = [examples[where] for where in dict.fromkeys(wheres) if where in examples]
-    chosen = [
+    return [
         ChatExample(example.chosen, example.where)
         if isinstance(example, PreferenceExample)
         else example
         for example in found
     ]
-    return [example for example in chosen if isinstance(example, ChatExample)]
 
 
 def _describe_source(source: str, rows: int | None) -> dict[str, Any]:

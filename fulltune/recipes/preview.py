@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,13 +19,18 @@ from fulltune.data.preview_facts import to_json
 from fulltune.data.preview_page import render_html
 from fulltune.data.preview_view import (
     SampleView,
+    TokenState,
     TokenView,
     render_terminal,
+    view_states,
     view_tokens,
 )
+from fulltune.data.tasks import Example
 from fulltune.errors import ConfigError
 from fulltune.memory.plan import MICRO_BATCH_TOKENS
 from fulltune.models.presets import is_new_model
+from fulltune.objectives.prompted_lm import PromptedLM
+from fulltune.objectives.sequence_to_sequence import SequenceToSequence, split_pair
 from fulltune.recipes import pretrain, settings_files
 from fulltune.recipes.finetune import Config
 from fulltune.recipes.noise_view import count_examples, make_noisy_samples
@@ -82,7 +87,11 @@ def run(
         if arranged_here:
             arranged = count_examples(prepared, config.seed)
             facts = facts.model_copy(update={"arranged": arranged})
-        elif not prepared.objective.packing and len(prepared.train):
+        elif (
+            not prepared.objective.packing
+            and prepared.objective.head != "sequence_to_sequence"  # its two sides are padded apart
+            and len(prepared.train)
+        ):
             padding, widths = measure_padding(
                 make_loader(prepared, config), prepared.dataset.lengths
             )
@@ -185,9 +194,15 @@ def make_samples(
     def decode(ids: list[int]) -> str:
         return str(objective.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
+    padding = TokenView(str(objective.tokenizer.pad_token), "padding")
     views = []
     for where in dict.fromkeys(wheres):
         if where not in examples:
+            continue
+        if isinstance(objective, SequenceToSequence | PromptedLM):
+            tokens = view_pair(objective, examples[where], decode)
+            tokens += [padding] * max(0, widths.get(places[where], 0) - len(tokens))
+            views.append(SampleView(where, None, tokens))
             continue
         encoded = whole.encode(examples[where])[0]
         kept = min(len(encoded["input_ids"]), objective.max_length)
@@ -195,7 +210,44 @@ def make_samples(
         input_ids = encoded["input_ids"][shown]
         tokens = view_tokens(decode, input_ids, encoded["targets"][shown], kept)
         missing = widths.get(places[where], kept) - kept
-        padding = TokenView(str(objective.tokenizer.pad_token), "padding")
         tokens += [padding] * missing
         views.append(SampleView(where, ", ".join(encoded["labels"]) or None, tokens))
     return views
+
+
+def view_pair(
+    objective: SequenceToSequence | PromptedLM,
+    example: Example,
+    decode: Callable[[list[int]], str],
+) -> list[TokenView]:
+    """A source and its target by token, with what truncation would remove of each.
+
+    Args:
+        objective: encodes the example.
+        example: a source with its target.
+        decode: as in `view_tokens`.
+    """
+    longest = {"max_length": UNLIMITED, "max_target_length": UNLIMITED}
+    if isinstance(objective, PromptedLM):
+        longest["context"] = UNLIMITED
+    encoded = replace(cast(Any, objective), **longest).encode(example)[0]
+    source, target = split_pair(encoded)
+    kept = replace(objective, too_long="truncate").encode(example)[0]
+    kept_source, kept_target = split_pair(kept)
+    # A source is cut before its end token, or before what its prompt writes after it.
+    num_before = 0
+    while num_before < len(kept_source) and source[num_before] == kept_source[num_before]:
+        num_before += 1
+    num_removed = len(source) - len(kept_source)
+    num_after = len(kept_source) - num_before
+    num_cut = len(target) - len(kept_target)
+    runs: list[tuple[TokenState, int]] = [
+        ("context", num_before),
+        ("truncated", num_removed),
+        ("context", num_after),
+        ("trained", len(kept_target)),
+        ("truncated", num_cut),
+        ("context", len(encoded["input_ids"]) - len(source) - len(target)),
+    ]
+    states = [state for state, count in runs for _ in range(count)]
+    return view_states(decode, encoded["input_ids"], states)

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from fulltune.data.loader import Loader, StepPlan, num_steps, prefetch
-from fulltune.data.tasks import ChatExample
+from fulltune.data.tasks import Example
 from fulltune.errors import ConfigError
 from fulltune.evaluate.evaluator import BestTracker, Retention
 from fulltune.memory.plan import MemoryPlan, plan_memory
@@ -30,7 +30,7 @@ from fulltune.objectives.span_corruption import require_plain_decoder_head
 from fulltune.optim.master_weights import MasterWeights
 from fulltune.optim.optimizers import Optimizer, group_parameters
 from fulltune.recipes.measuring import evaluate, sample
-from fulltune.recipes.prepare import Base, Prepared, first_conversations
+from fulltune.recipes.prepare import Base, Prepared, first_examples
 from fulltune.recipes.resume import restore, save
 from fulltune.runtime import (
     PrecisionChoice,
@@ -146,9 +146,9 @@ class Trainer:
         return digest.hexdigest()
 
     @cached_property
-    def conversations(self) -> list[ChatExample]:
-        """Held-out conversations whose prompts are answered before and after training."""
-        return first_conversations(
+    def sampled(self) -> list[Example]:
+        """Held-out examples whose prompts are answered before and after training."""
+        return first_examples(
             self.config.task,
             self.prepared.dataset,
             self.prepared.validation,

@@ -16,6 +16,7 @@ _TAGS = {
     "classification": ["text-classification"],
     "multi_label": ["text-classification", "multi-label"],
     "regression": ["text-classification", "regression"],
+    "sequence_to_sequence": ["text2text-generation"],
 }
 
 _HUB_LICENCES = frozenset(
@@ -34,6 +35,8 @@ _LIMITS = {
     "classification": "it gives one of its labels to any text, also to text unlike its data",
     "multi_label": "it knows no other labels than those of its data",
     "regression": "it gives a number to any text, also to text unlike its data",
+    "sequence_to_sequence": "it writes something for any text, also for text unlike its data, and "
+    "may state what the text does not say",
 }
 
 
@@ -44,7 +47,7 @@ def render_model_card(manifest: Mapping[str, Any]) -> str:
         manifest: of the run. Used where present: `name`, `base_model`, `base_model_hash`,
             `licence`, `task`, `data`, `settings`, `results`, `versions`, `machine`,
             `duration_seconds`, `num_parameters`, `num_trained_parameters`, `weight_change`,
-            `base_model_on_hub`.
+            `base_model_on_hub`, `signatures`.
     """
     task = str(manifest.get("task") or "")
     parts = [
@@ -56,6 +59,9 @@ def render_model_card(manifest: Mapping[str, Any]) -> str:
     if manifest.get("results"):
         rows = [(_words(name), _value(value)) for name, value in manifest["results"].items()]
         parts += ["## Measured results", _table(("metric", "value"), rows)]
+    if manifest.get("signatures"):
+        rows = [(name, f"`{_line(value)}`") for name, value in manifest["signatures"].items()]
+        parts.append(_table(("signature", "value"), rows))
     if manifest.get("data"):
         rows = [
             (

@@ -225,6 +225,8 @@ def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     for key in ("base_model", "licence", "git_commit"):
         if manifest.get(key):
             rows.append((words_of(key), str(manifest[key])))
+    for name, signature in (manifest.get("signatures") or {}).items():
+        rows.append((f"signature of {name}", str(signature)))
     for file, digest in (manifest.get("base_model_hash") or {}).items():
         rows.append((str(file), f"sha256 {digest}"))
     for source in manifest.get("data") or ():

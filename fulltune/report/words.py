@@ -11,7 +11,7 @@ _NAMES = {"cpu": "CPU", "gpu": "GPU"}
 
 def is_share(metric: str) -> bool:
     """Whether a metric is a share between 0 and 1."""
-    return metric.endswith(("accuracy", "_f1"))
+    return metric.endswith(("accuracy", "_f1", "exact_match"))
 
 
 def metric_text(metric: str, value: float) -> str:
