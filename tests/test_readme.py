@@ -26,7 +26,13 @@ SHORT = [
     "task.validation=8 examples",
     "evaluate.num_samples=1",
 ]
-SHORT_TASK = {"configs/trec-minilm.yaml": SHORT[:3], "configs/smollm2-chat.yaml": SHORT}
+SHORT_TASK = {
+    "configs/trec-minilm.yaml": SHORT[:3],
+    "configs/smollm2-chat.yaml": SHORT,
+    "configs/translate-smollm2.yaml": SHORT,
+    "configs/summarize-smollm2.yaml": SHORT,
+    "configs/text-to-text-t5.yaml": SHORT,
+}
 SHORT_COMPARISON = [
     "finetune.duration=2 steps",
     "finetune.task.validation=8 examples",
