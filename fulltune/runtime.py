@@ -59,6 +59,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def num_ranks() -> int:
+    """Processes that share each step, before and after there is a group of them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start_runtime(device: str = "auto") -> Runtime:
     """`join_ranks`, and on a CPU `keep_freed_memory`: what a process that trains begins with.
 
@@ -81,7 +86,7 @@ def join_ranks(device: str = "auto") -> Runtime:
     import torch.distributed as dist
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = num_ranks()
     if world_size > 1 and device.startswith("cuda:"):
         raise ConfigError(
             f"`device` is {device!r}, which {world_size} ranks cannot share",
