@@ -222,7 +222,9 @@ def test_the_verb_of_a_file_is_that_of_its_settings_after_those_of_the_command_l
     path = tmp_path / "mine.yaml"
     (tmp_path / "a.txt").write_text("It rains.", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    path.write_text("{model: runs/mine, task: {train: a.txt}, run_dir: runs/a}", "utf-8")
+    path.write_text(
+        "{model: runs/mine, task: {kind: text, train: a.txt}, run_dir: runs/a}", "utf-8"
+    )
     code, _, errors = say("finetune", path, "model=bert-tiny", "duration=2 steps")
     error, hint = errors.splitlines()
     assert code == 2

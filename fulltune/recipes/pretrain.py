@@ -17,6 +17,7 @@ from fulltune.data.preview import examine
 from fulltune.data.preview_checks import check
 from fulltune.data.sections import Sections
 from fulltune.data.sentence_pairs import SentencePairsConfig
+from fulltune.data.tasks import SETTINGS_OF_SOME
 from fulltune.data.unknown_tokens import unknown_token_id
 from fulltune.errors import AssetError, ConfigError, ModelError, near_names
 from fulltune.models.families import Family, family_of
@@ -92,7 +93,7 @@ FEW_DOCUMENTS = 20
 SECTION_TOKENS = 4096
 
 
-WITHOUT_EFFECT = frozenset({"task.labels", "task.template", "task.too_long", "reinitialize_layers"})
+WITHOUT_EFFECT = frozenset({*(f"task.{name}" for name in SETTINGS_OF_SOME), "reinitialize_layers"})
 """Settings that pre-training has no use for; a run refuses them."""
 ONLY_CHOICE = {"task.kind": "text", "task.format": "auto | text"}
 """What pre-training accepts of settings that accept more elsewhere."""

@@ -11,7 +11,6 @@ import torch
 from transformers import (
     AlbertConfig,
     AutoModel,
-    AutoTokenizer,
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
@@ -67,7 +66,9 @@ def make_body(name: str, folder: Path, tiny_bert: Path) -> Path:
     if name in ("xlnet", "t5"):
         family: TokenizerFamily = "xlnet" if name == "xlnet" else "t5"
         texts = ["".join(words) for words, _ in SENTENCES]
-        tokenizer = train_tokenizer(texts, TokenizerConfig(family=family, algorithm="characters"))
+        tokenizer: Any = train_tokenizer(
+            texts, TokenizerConfig(family=family, algorithm="characters")
+        )
         ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
         config: Any = (
             XLNetConfig(
@@ -80,7 +81,7 @@ def make_body(name: str, folder: Path, tiny_bert: Path) -> Path:
             )
         )  # fmt: skip
     else:
-        tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+        tokenizer = load_tokenizer(tiny_bert)
         config = ENCODERS[name](
             vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
             **({"bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}

@@ -110,7 +110,7 @@ def test_the_task_of_a_run_is_checked_once(
     monkeypatch.setattr(prepare, "check_task_settings", check_and_count)
     config = make_config(tmp_path / "run", corpus, tiny_gpt2, "gpt2-tiny", duration="1 steps")
     if not is_new:
-        start = {"model": str(tiny_gpt2), "tokenizer": None, "architecture": {}}
+        start: dict[str, Any] = {"model": str(tiny_gpt2), "tokenizer": None, "architecture": {}}
         config = config.model_copy(update=start)
     assert pretrain.run(config).step == 1
     assert checked == [config.task]

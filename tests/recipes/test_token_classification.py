@@ -169,12 +169,13 @@ def test_evaluation_measures_the_run_again_and_other_rows(
 def test_the_preview_marks_entities_and_counts_tags(
     tiny_bert: Path, tags_file: Path, tmp_path: Path
 ) -> None:
-    console = Console(file=io.StringIO(), width=160, no_color=True)
+    output = io.StringIO()
+    console = Console(file=output, width=160, no_color=True)
     page = tmp_path / "preview.html"
     assert preview.run(
         config_of(tiny_bert, tags_file, tmp_path / "run"), console=console, html=page
     )
-    shown = console.file.getvalue()
+    shown = output.getvalue()
     assert "the ⟦red/COLOUR⟧ house" in shown
     assert "/PLACE⟧" in shown
     assert "entity: a tag is trained at the first token of each word" in shown
