@@ -108,6 +108,10 @@ def _quantity(*names: str) -> tuple[Units, BeforeValidator, PlainSerializer]:
     return units, BeforeValidator(units.parse), PlainSerializer(str, return_type=str)
 
 
+BROKEN_UNITS = ("epochs", "%", "minutes")
+"""Units whose numbers need not be whole."""
+
+
 def _positive(quantity: Quantity) -> Quantity:
     if quantity.value <= 0:
         raise ValueError("it must be more than zero")
@@ -115,8 +119,8 @@ def _positive(quantity: Quantity) -> Quantity:
 
 
 def _whole(quantity: Quantity) -> Quantity:
-    """Epochs and shares may be broken; steps, tokens and examples are counted."""
-    if quantity.unit not in ("epochs", "%") and quantity.value != int(quantity.value):
+    """Epochs, shares and times may be broken; steps, tokens and examples are counted."""
+    if quantity.unit not in BROKEN_UNITS and quantity.value != int(quantity.value):
         raise ValueError("must be a whole number")
     return quantity
 
@@ -125,6 +129,7 @@ _DURATION = _quantity("epochs", "steps", "tokens")
 _BATCH = _quantity("tokens", "examples")
 _PERIOD = _quantity("steps", "epochs")
 _WARMUP = _quantity("%", "steps")
+_BUDGET = _quantity("trials", "minutes", "tokens")
 
 Duration = Annotated[Quantity, *_DURATION, AfterValidator(_positive), AfterValidator(_whole)]
 """How long to train: `3 epochs`, `500 steps` or `2e9 tokens`."""
@@ -134,6 +139,8 @@ Period = Annotated[Quantity, *_PERIOD, AfterValidator(_positive), AfterValidator
 """How often: `100 steps`, or `1 epoch`, which ends where the epoch does."""
 Warmup = Annotated[Quantity, *_WARMUP, AfterValidator(_whole)]
 """A share of all steps, `3%`, or a number, `100 steps`."""
+Budget = Annotated[Quantity, *_BUDGET, AfterValidator(_positive), AfterValidator(_whole)]
+"""What a search may take in all: `20 trials`, `30 minutes` or `2e6 tokens`."""
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -421,6 +428,40 @@ def list_keys(settings: type[BaseModel]) -> list[str]:
         if section is not None:
             keys += [f"{name}.{inner}" for inner in list_keys(section)]
     return keys
+
+
+def number_type(settings: type[BaseModel], key: str) -> type[float] | type[int] | Units | None:
+    """What kind of number a setting is: a whole one, any, or one with a unit.
+
+    Args:
+        settings: the settings class of a recipe.
+        key: dotted name of a setting.
+
+    Returns:
+        None where the setting is no number, or there is no such setting.
+    """
+    *parents, leaf = key.split(".")
+    section: type[BaseModel] | None = settings
+    for name in parents:
+        field = section.model_fields.get(name) if section else None
+        section = _section_type(field.annotation) if field else None
+    field = section.model_fields.get(leaf) if section else None
+    return _number_type(field.annotation, field.metadata) if field else None
+
+
+def _number_type(
+    annotation: object, metadata: Sequence[object]
+) -> type[float] | type[int] | Units | None:
+    for item in metadata:
+        if isinstance(item, Units):
+            return item
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _number_type(arguments[0], arguments[1:])
+    if origin in (typing.Union, types.UnionType):
+        found = [_number_type(argument, ()) for argument in arguments]
+        return next((kind for kind in found if kind is not None), None)
+    return float if annotation is float else int if annotation is int else None
 
 
 def dump_config(config: BaseModel) -> str:

@@ -72,7 +72,22 @@ def evaluate(trainer: Trainer, step: int) -> bool:
             f"stopped early: no better `{trainer.best.metric}` than at step "
             f"{trainer.best.best_step} for {trainer.best.num_since_best} evaluations"
         )
-    return trainer.best.should_stop
+    given_up = _is_given_up(trainer, step)
+    return trainer.best.should_stop or given_up
+
+
+def _is_given_up(trainer: Trainer, step: int) -> bool:
+    """Whether whoever watches the run asks to end it here, before its last step."""
+    watch = trainer.watch
+    if watch is None or step == 0:
+        return False
+    asked = on_main_rank(trainer.runtime, lambda: watch(step, trainer.last_metrics))
+    is_over = trainer.best.should_stop or step == trainer.num_steps
+    trainer.given_up = from_main_rank(trainer.runtime, bool(asked)) and not is_over
+    if trainer.given_up:
+        trainer.tracker.write("given_up", step=step)
+        trainer.display.notice(f"given up after step {step}; it can go on by `--resume`")
+    return trainer.given_up
 
 
 def sample(trainer: Trainer, step: int, model: PreTrainedModel) -> None:

@@ -94,8 +94,8 @@ FEW_DOCUMENTS = 20
 SECTION_TOKENS = 4096
 
 
-WITHOUT_EFFECT = frozenset({"task.labels", "task.template", "task.too_long"})
-"""Settings of the task that documents have no use for; a run refuses them."""
+WITHOUT_EFFECT = frozenset({"task.labels", "task.template", "task.too_long", "reinitialize_layers"})
+"""Settings that pre-training has no use for; a run refuses them."""
 ONLY_CHOICE = {"task.kind": "text", "task.format": "auto | text"}
 """What pre-training accepts of settings that accept more elsewhere."""
 
@@ -216,6 +216,12 @@ def check_settings(config: Config) -> None:
         raise ConfigError(
             "`task.max_length` has no effect in pre-training, whose examples are made of documents",
             hint="set `objective.length` instead",
+        )
+    if config.reinitialize_layers:
+        raise ConfigError(
+            "`reinitialize_layers` has no effect in pre-training, whose new models are new in all "
+            "layers and whose others go on as they are",
+            hint="leave it out",
         )
     check_task_settings(config.task)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import psutil
 import torch
@@ -22,6 +22,7 @@ from fulltune.models.families import layers_of, num_layers
 from fulltune.models.flops import count_flops
 from fulltune.models.kernels import install_fast_kernels
 from fulltune.models.loading import TASK_HEADS, load_model
+from fulltune.models.reinitialize import reinitialize_layers
 from fulltune.models.scope import freeze, lora_rank, require_own_weights
 from fulltune.models.vocabulary import grow_embeddings
 from fulltune.objectives.causal_lm import require_plain_head
@@ -52,6 +53,10 @@ if TYPE_CHECKING:
 
     from fulltune.recipes.finetune import Config
 
+Watch: TypeAlias = Callable[[int, Mapping[str, float]], bool]
+"""Told the step and the metrics of each evaluation after a step, in their order; True gives the run
+up there: its state is saved, and it ends without a result. Called on the first rank."""
+
 STATE_BYTES = {"adamw": 8, "adamw_scaled": 8, "muon": 8, "adafactor": 1}
 """Bytes of optimizer state for each trained parameter, at most."""
 
@@ -75,6 +80,9 @@ class Trainer:
         self.objective = prepared.objective
         self.folder = Path(config.run_dir)
         self.retention: Retention | None = None
+        self.watch: Watch | None = None
+        self.given_up = False
+        self.signal_name: str | None = None
         self.started = time.time()
 
         self.model = on_all_ranks(runtime, self.load_base)
@@ -159,7 +167,7 @@ class Trainer:
     # -- before the first step ---------------------------------------------------------------------
 
     def load_base(self) -> PreTrainedModel:
-        """The base model in float32, its head new where it has none; the same for the same seed."""
+        """The base model in float32, with what of it starts anew; the same for the same seed."""
         seed_everything(self.config.seed)
         labels = getattr(self.objective, "labels", None)
         model: PreTrainedModel = load_model(
@@ -175,6 +183,14 @@ class Trainer:
             start_at_shares(model, self.objective.label_shares)
         if self.base.new_tokens:
             grow_embeddings(model, self.base.new_tokens)
+        if self.config.reinitialize_layers:
+            reinitialize_layers(
+                model,
+                self.config.reinitialize_layers,
+                layer_of=layers_of(model),
+                num_layers=num_layers(model.config),
+                seed=self.config.seed,
+            )
         if (rank := lora_rank(self.config.scope)) is not None:
             add_lora(model, rank)
         torch.nn.Module.to(model, self.runtime.device)  # in place
@@ -245,6 +261,8 @@ class Trainer:
                     save_every=every(self.config.save_every, self.loader.epochs_after),
                     interrupted=lambda: agreed(interruption, self.runtime),
                 )
+            if ending == "stopped early" and self.given_up:
+                ending = "given up"
             if ending == "interrupted":
                 self.tracker.write(
                     "interrupted", step=self.progress.step, signal=interruption.signal_name
@@ -253,9 +271,10 @@ class Trainer:
                     f"{interruption.signal_name}: saved after step {self.progress.step}; "
                     "go on with `--resume`"
                 )
-            else:
+            elif ending != "given up":
                 interruption.answer_from_now_on(self._say_that_it_finishes)
                 on_main_rank(self.runtime, lambda: finish(self, ending))
+            self.signal_name = interruption.signal_name
         return ending
 
     def _say_that_it_finishes(self, signal_name: str) -> None:

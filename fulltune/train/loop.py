@@ -10,7 +10,8 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 from fulltune.config import Quantity
 
 T = TypeVar("T")
-Ending: TypeAlias = Literal["finished", "interrupted", "stopped early"]
+Ending: TypeAlias = Literal["finished", "interrupted", "stopped early", "given up"]
+"""`stopped early` is an end with a result; `given up` has none, as whoever watched the run said."""
 
 
 class Due(Protocol):
