@@ -170,7 +170,7 @@ def load_config(settings: type[S], path: Path | None, overrides: Sequence[str] =
             if not isinstance(inner, dict):
                 name = ".".join(parents[: depth + 1])
                 raise ConfigError(
-                    f"`{name}` is `{_written(inner)}`, not a section, so there is no `{key}`",
+                    f"`{name}` is `{written_value(inner)}`, not a section, so there is no `{key}`",
                     hint=f"write `{name}=VALUE`",
                 )
             section = inner
@@ -278,14 +278,14 @@ def _explain(settings: type[BaseModel], details: ErrorDetails) -> tuple[str, str
         return f"`{key}` is not set, and has no default", f"add `{key}: ...`"
     if kind in ("model_type", "model_attributes_type"):
         inner = ", ".join(f"`{key}.{name}`" for name in section.model_fields) if section else ""
-        return f"`{key}` is a section, but is given `{_written(given)}`", f"set one of {inner}"
+        return f"`{key}` is a section, but is given `{written_value(given)}`", f"set one of {inner}"
     why, semicolon, advice = details["msg"].removeprefix("Value error, ").partition("; ")
     if kind in _PLAIN_REASONS:
         why = _PLAIN_REASONS[kind].format(**context)
     if isinstance(given, dict) and kind == "value_error":  # settings that contradict each other
         return why, advice
     hint = advice if semicolon else _meaning(settings, key)
-    return f"`{key}` cannot be `{_written(given)}`: {why[:1].lower()}{why[1:]}", hint
+    return f"`{key}` cannot be `{written_value(given)}`: {why[:1].lower()}{why[1:]}", hint
 
 
 _PLAIN_REASONS = {
@@ -356,7 +356,7 @@ def _nearest(key: str, settings: type[BaseModel]) -> str | None:
     return next((last_parts[close] for close in near_names(leaf, last_parts)), None)
 
 
-def _written(value: object) -> str:
+def written_value(value: object) -> str:
     """A value as it stands in a settings file."""
     if isinstance(value, str) and value.strip():
         return value

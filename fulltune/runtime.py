@@ -59,6 +59,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def num_ranks() -> int:
+    """Processes that share each step, before and after there is a group of them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start_runtime(device: str = "auto") -> Runtime:
     """Choose the device and, under `torchrun`, join the other ranks.
 
@@ -69,7 +74,7 @@ def start_runtime(device: str = "auto") -> Runtime:
     import torch.distributed as dist
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = num_ranks()
     if world_size > 1 and device.startswith("cuda:"):
         raise ConfigError(
             f"`device` is {device!r}, which {world_size} ranks cannot share",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @app.command(rich_help_panel=LIST)
 def settings(
     verb: Annotated[
-        Literal["finetune", "pretrain", "corpus", "chain", "compare"],
+        Literal["finetune", "search", "pretrain", "corpus", "chain", "compare"],
         typer.Argument(help="The verb whose settings to list."),
     ] = "finetune",
     as_json: Json = False,

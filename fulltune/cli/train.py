@@ -63,6 +63,13 @@ def finetune(
     overrides: Overrides = None,
     resume: Resume = False,
     dry_run: DryRun = False,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Run N seeds one after the other, and show the mean and spread of the results.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune all weights of a model on a task."""
@@ -70,6 +77,16 @@ def finetune(
     from fulltune.recipes import settings_files
 
     config = settings_files.load(recipe.Config, file, overrides or [], verb="finetune")
+    if seeds is not None:
+        if dry_run:
+            from fulltune.errors import ConfigError
+
+            raise ConfigError(
+                "`--dry-run` shows the plan of one run, and `--seeds` asks for several",
+                hint="leave `--seeds` out: all of them take the same",
+            )
+        _run_seeds(config, seeds, resume=resume, as_json=as_json)
+        return
     if dry_run:
         _print_plan(config, resume=resume, as_json=as_json)
         return
@@ -184,6 +201,29 @@ def _finetune(config: finetune_recipe.Config, *, resume: bool, as_json: bool = F
     from fulltune.recipes import finetune as recipe
 
     _say_result(recipe.run(config, resume=resume), config.task.kind, as_json=as_json)
+
+
+def _run_seeds(config: finetune_recipe.Config, count: int, *, resume: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from fulltune.recipes import seeds as recipe
+    from fulltune.runtime import is_main_process
+
+    say = (lambda line: typer.echo(line, err=True)) if is_main_process() else (lambda line: None)
+    record, interrupted = recipe.run(config, count, resume=resume, say=say)
+    if is_main_process():
+        page = f"{record.run_dir}/{recipe.PAGE}"
+        if as_json:
+            print_json({**asdict(record), "page": page})
+        elif record.runs:
+            print_table(
+                f"{len(record.runs)} of {count} seeds of {record.run_dir}",
+                ("metric", "mean", "standard deviation", "lowest", "highest"),
+                record.rows(),
+            )
+            typer.echo(f"page  {page}")
+    if interrupted:
+        raise typer.Exit(130)
 
 
 def _say_result(result: finetune_recipe.Result, kind: str, *, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from fulltune.config import Settings, load_config, read_yaml
 from fulltune.errors import ConfigError
 
 S = TypeVar("S", bound=Settings)
-Verb: TypeAlias = Literal["chain", "compare", "corpus", "finetune", "pretrain"]
+Verb: TypeAlias = Literal["chain", "compare", "corpus", "finetune", "pretrain", "search"]
 
 _OF_A_RUN = ("task", "run_dir", "model")
 
@@ -47,6 +47,8 @@ def _recognise(values: Mapping[str, Any]) -> tuple[Verb, str] | None:
     """The verb that settings belong to, and what says so; None where nothing does."""
     if isinstance(values.get("steps"), list):
         return "chain", "`steps`"
+    if "space" in values:
+        return "search", "`space`"
     if "methods" in values or isinstance(values.get("finetune"), dict):
         return "compare", "`methods`" if "methods" in values else "`finetune`"
     named = next((f"`{name}`" for name in _OF_A_RUN if name in values), None)

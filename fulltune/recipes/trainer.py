@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -253,7 +253,7 @@ class Trainer:
                 ending = fit(
                     self.progress,
                     self._step,
-                    self._batches(),
+                    self.batches(),
                     num_steps=self.num_steps,
                     evaluate=lambda step: evaluate(self, step),
                     evaluate_every=every(self.config.evaluate.every, self.loader.epochs_after),
@@ -317,7 +317,7 @@ class Trainer:
 
     # -- each step ---------------------------------------------------------------------------------
 
-    def _batches(self) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
+    def batches(self) -> Generator[tuple[StepPlan, list[MicroBatch]]]:
         """Steps of micro-batches, read and collated one step ahead."""
         rows = self.prepared.dataset
 

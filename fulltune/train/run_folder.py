@@ -23,6 +23,8 @@ CONFIG, MANIFEST, CHECKPOINTS, MODEL = "config.yaml", "manifest.json", "checkpoi
 MODEL_LAST = "model-last"
 """Weights of the last step, where those of an earlier one were the best."""
 LOCK = ".lock"
+SETTINGS_BEING_WRITTEN = (f".{CONFIG}.", ".search.yaml.")
+"""How the names of temporary files begin that a run or a search leaves when killed at its start."""
 
 CHANGEABLE = (
     "device", "memory", "num_workers", "save_every", "keep_checkpoints",
@@ -220,7 +222,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _is_leftover(path: Path) -> bool:
-    return path.name == LOCK or (path.name.startswith(f".{CONFIG}.") and path.suffix == ".tmp")
+    return path.name == LOCK or (
+        path.name.startswith(SETTINGS_BEING_WRITTEN) and path.suffix == ".tmp"
+    )
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
