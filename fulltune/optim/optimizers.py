@@ -23,8 +23,9 @@ class OptimizerConfig(Settings):
     """The optimizer, its learning rate over the run, and clipping."""
 
     name: Literal["adamw", "adamw_scaled", "adafactor", "muon"] = "adamw"
-    """`adamw` corrects the bias of its moments, without which fine-tuning on little data often fails
-    (Mosbach et al., 2021). `muon` steps the matrices of the layers; embeddings, head and vectors go to AdamW.
+    """`adamw` corrects the bias of its moments, without which fine-tuning on little data often
+    fails (Zhang et al., 2021; Mosbach et al., 2021).
+    `muon` steps the matrices of the layers; embeddings, head and vectors go to AdamW.
     The `lr` of `adafactor` and `adamw_scaled` is a share of a weight's size: 1e-3 is like 2e-5 with
     the others. `adamw_scaled` is AdamW for pre-training T5, with an `lr` of 1e-2 or 2e-2."""
     lr: Annotated[float, Field(gt=0)] = 2e-5
