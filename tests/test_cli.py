@@ -27,7 +27,7 @@ from fulltune.models.families import FAMILIES
 from fulltune.recipes import finetune, pretrain
 from fulltune.recipes.chain_steps import KINDS
 
-VERBS = ("demo", "preview", "finetune", "pretrain", "chain", "compare", "corpus",
+VERBS = ("demo", "preview", "finetune", "pretrain", "chain", "search", "compare", "corpus",
          "evaluate", "predict", "chat", "report", "attention", "settings", "tasks", "models",
          "assets")  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -184,6 +184,8 @@ FILES = {
     "finetune": "{model: runs/mine, task: {kind: chat, train: a.jsonl}, run_dir: runs/a}",
     "pretrain": "{model: runs/mine, objective: {length: 64}, task: {kind: text, train: a.txt}, "
     "run_dir: runs/a}",
+    "search": "{finetune: {model: runs/mine, task: {kind: chat, train: a.jsonl}}, "
+    "space: {optimizer.lr: 1e-5..1e-3 log}, run_dir: runs/a}",
 }
 
 

@@ -35,6 +35,12 @@ SHORT_COMPARISON = [
     "seeds=1",
     "test=8 examples",
 ]
+SHORT_SEARCH = [
+    "budget=2 trials",
+    "range_test=false",
+    "finetune.duration=2 steps",
+    "finetune.task.validation=8 examples",
+]
 SHORT_PRETRAINING = ["duration=2 steps", "batch=8 examples", "task.validation=2%"]
 
 
@@ -51,6 +57,8 @@ def shortened(command: list[str]) -> list[str]:
         return [*command, *SHORT_PRETRAINING]
     if command[1] == "compare":
         return [*command, *SHORT_COMPARISON]
+    if command[1] == "search":
+        return [*command, *SHORT_SEARCH]
     if command[1] not in ("finetune", "preview"):
         return command
     file = next(word for word in command if word.endswith(".yaml"))

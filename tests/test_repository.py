@@ -19,7 +19,7 @@ import yaml
 
 import fulltune
 from fulltune.config import build_config, load_config
-from fulltune.recipes import chain, compare, finetune, pretrain, preview
+from fulltune.recipes import chain, compare, finetune, pretrain, preview, search
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "README.zh-CN.md", "CONTRIBUTING.md")]
@@ -112,6 +112,8 @@ def load_settings(verb: str, path: Path, overrides: list[str]) -> None:
         chain.load(path)
     elif verb == "compare":
         compare.load(path, overrides)
+    elif verb == "search":
+        search.check(search.load(path, overrides))
     elif verb == "preview":
         preview.read_config(path, overrides)
     else:

@@ -42,9 +42,11 @@ def search(
         typer.echo(GO_ON, err=True)
         raise typer.Exit(130) from None
     if as_json:
+        found = asdict(record)
+        del found["scales"]  # of the page's axes
         print_json(
             {
-                **asdict(record),
+                **found,
                 "best_settings": f"{record.run_dir}/best.yaml" if record.best_trial else None,
                 "model": f"{record.run_dir}/model" if record.best_trial else None,
                 "page": f"{record.run_dir}/search.html",

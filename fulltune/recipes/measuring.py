@@ -86,7 +86,7 @@ def _is_given_up(trainer: Trainer, step: int) -> bool:
     trainer.given_up = from_main_rank(trainer.runtime, bool(asked)) and not is_over
     if trainer.given_up:
         trainer.tracker.write("given_up", step=step)
-        trainer.display.notice(f"given up after step {step}; it can go on by `--resume`")
+        trainer.display.notice(f"given up after step {step}")
     return trainer.given_up
 
 

@@ -236,9 +236,20 @@ def check_space(space: Space, base: Mapping[str, Any]) -> None:
             config = build_config(finetune.Config, with_values(base, values))
             finetune.check_settings(config)
         except ConfigError as error:
+            if str(error) == _fault_of(base):
+                raise ConfigError(f"`finetune`: {error}", hint=error.hint) from None
             shown = ", ".join(f"{key}: {written_value(value)}" for key, value in values.items())
             raise ConfigError(f"`space`: {error} (a trial with {shown})", hint=error.hint) from None
         _refuse_moving_splits(space, config.task)
+
+
+def _fault_of(base: Mapping[str, Any]) -> str | None:
+    """What is wrong with the settings that all trials share, whatever they vary."""
+    try:
+        finetune.check_settings(build_config(finetune.Config, base))
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _lies_in(key: str, name: str) -> bool:

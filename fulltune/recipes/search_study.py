@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import MissingExtraError, RunFolderError, first_line
 from fulltune.recipes.search_space import Choices, Dimension, Space
-from fulltune.report.search_record import TrialRecord
+from fulltune.report.search_record import State, TrialRecord
 from fulltune.tracking import read_metrics
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ class Trial:
         self._trial.set_user_attr("reason", reason)
         self.study._study.tell(self._trial, state=optuna.trial.TrialState.PRUNED)
 
-    def fail(self, state: str, reason: str) -> None:
+    def fail(self, state: State, reason: str) -> None:
         """The trial has no result: it `failed`, or `did not fit`."""
         import optuna
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from fulltune.config import build_config
-from fulltune.errors import ConfigError, MemoryPlanError, TrainingError
+from fulltune.errors import ConfigError, MemoryPlanError, TrainingError, first_line
 from fulltune.recipes import finetune
 from fulltune.recipes.search_space import with_values
 from fulltune.recipes.search_study import Trial
+from fulltune.report.search_record import State
 from fulltune.runtime import return_freed_memory
 from fulltune.tracking import format_number, name_of, read_metrics
 from fulltune.train.run_folder import has_run, read_manifest
@@ -46,23 +47,27 @@ def take(base: Mapping[str, Any], trial: Trial, metric: str) -> tuple[str, bool]
         return _give_up(trial, metric), False
     start = time.monotonic()
     watcher = _Watcher(trial, metric)
+    result: finetune.Result | None = None
+    fault: tuple[State, str] | None = None
     try:
         result = finetune.run(
             settings_of(base, trial), resume=has_run(trial.folder), watch=watcher.watch
         )
     except MemoryPlanError as error:
-        return _fail(trial, "did not fit", str(error)), False
+        fault = ("did not fit", str(error))
     except torch.OutOfMemoryError as error:
-        return _fail(trial, "did not fit", f"the memory of the GPU ran out: {error}"), False
+        fault = ("did not fit", f"the memory of the GPU ran out: {first_line(error)}")
     except (TrainingError, ConfigError) as error:
-        return _fail(trial, "failed", str(error)), False
+        fault = ("failed", str(error))
     finally:
         trial.add_seconds(time.monotonic() - start)
         gc.collect()
         return_freed_memory()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    if result is None or result.ending == "interrupted":
+        return ("interrupted", True) if fault is None else (_fail(trial, *fault), False)
     interrupted = result.signal_name is not None
-    if result.ending == "interrupted":
-        return "interrupted", True
     if watcher.fault is not None:
         return _fail(trial, "failed", watcher.fault), interrupted
     if result.ending == "given up":
@@ -128,6 +133,6 @@ def _give_up(trial: Trial, metric: str) -> str:
     return f"given up: {reason}"
 
 
-def _fail(trial: Trial, state: str, reason: str) -> str:
+def _fail(trial: Trial, state: State, reason: str) -> str:
     trial.fail(state, reason)
     return f"{state}: {reason}"
