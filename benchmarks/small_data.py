@@ -26,6 +26,7 @@ from question_text import write_questions
 
 from fulltune.config import build_config
 from fulltune.errors import FulltuneError
+from fulltune.models.sources import resolve_model
 from fulltune.recipes import finetune, seeds
 from fulltune.recipes.search_space import with_values
 from fulltune.report.seeds_page import SeedsRecord
@@ -123,13 +124,12 @@ def main() -> int:
                 arguments.questions, folder / "questions", num_held_out=arguments.held_out,
                 num_labelled=arguments.labelled, other_text=(),
             )  # fmt: skip
+            model = str(resolve_model(arguments.model))
             # What is made of these questions goes with them; the assets were the user's own.
             os.environ["FULLTUNE_CACHE"] = str(folder / "cache")
             for number in arguments.variants:
                 name, settings = VARIANTS[number]
-                values = with_values(
-                    base(arguments.model, questions.train, questions.test), settings
-                )
+                values = with_values(base(model, questions.train, questions.test), settings)
                 values["run_dir"] = str(folder / f"runs-{number}")
                 record, interrupted = seeds.run(
                     build_config(finetune.Config, values), arguments.seeds

@@ -180,3 +180,23 @@ def test_the_judge_asks_for_no_unknown_token() -> None:
     asked = [label for label in judged["labels"] if label != pretrain_rows.IGNORED]
     assert 100 < len(asked) < 200
     assert set(asked) == {7, 8}
+
+
+def test_what_steadies_small_data_is_measured_over_seeds(
+    tiny_bert: Path, classification_file: Path, tmp_path: Path
+) -> None:
+    options = f"--model {tiny_bert} --questions {classification_file} --held-out 20 --labelled 30"
+    ended = run_benchmark(
+        *options.split(), *"--variants 0 2 --seeds 2 --json out.json".split(),
+        folder=tmp_path, script="small_data",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    rows = [line for line in ended.stdout.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[2:]] == [
+        "| short: 3 epochs", "| longer, the top layer new (Zhang et al.)",
+    ]  # fmt: skip
+    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    for outcome in written["outcomes"]:
+        low, high = min(outcome["accuracies"]), max(outcome["accuracies"])
+        assert low <= outcome["mean"] <= high
+        assert len(outcome["accuracies"]) == 2
