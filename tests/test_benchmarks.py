@@ -187,7 +187,7 @@ def test_what_steadies_small_data_is_measured_over_seeds(
 ) -> None:
     options = f"--model {tiny_bert} --questions {classification_file} --held-out 20 --labelled 30"
     ended = run_benchmark(
-        *options.split(), *"--variants 0 2 --seeds 2 --json out.json".split(),
+        *options.split(), "--variants", "0", "2", "--seeds", "2", "--json", "out.json",
         folder=tmp_path, script="small_data",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
