@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 FILE, TRIALS, LOCK = "search.db", "trials", ".lock"
 REDUCTION = 3
 """Of the trials that come to a rung, the best third goes on to the next one."""
+FEWEST_TO_EXPLAIN = 4
+"""Finished trials without which nothing is said of what explains their results."""
 SECONDS_TO_WAIT = 60
 """For another process that writes into the file."""
 
@@ -233,18 +235,19 @@ class Study:
         )
 
     def importances(self) -> dict[str, float]:
-        """How much of the spread of the results each setting explains (PED-ANOVA).
+        """How much of the spread of the finished trials' results each setting explains (fANOVA).
 
-        Watanabe, Bansal and Hutter, 2023. Empty where too few trials differ to say.
+        Hutter, Hoos and Leyton-Brown, 2014. Empty where too few trials differ to say.
         """
         import optuna
 
         finished = [t for t in self._study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
-        if len(finished) < 4 or len({trial.value for trial in finished}) < 2:
+        if len(finished) < FEWEST_TO_EXPLAIN or len({trial.value for trial in finished}) < 2:
             return {}
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         try:
-            found = optuna.importance.get_param_importances(self._study)
-        except (RuntimeError, ValueError):  # values that never differ
+            found = optuna.importance.get_param_importances(self._study, evaluator=evaluator)
+        except (RuntimeError, ValueError):  # settings that do not differ where the results do
             return {}
         return {name: float(share) for name, share in found.items()}
 
