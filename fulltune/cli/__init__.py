@@ -12,11 +12,22 @@ from typing import Any, NoReturn
 import typer
 
 # In the order of `--help`.
-from fulltune.cli import train, search, compare, tokenizer, corpus, use, attention, listing  # isort: skip
+from fulltune.cli import train, search, compare, tokenizer  # isort: skip
+from fulltune.cli import corpus, use, attention, listing  # isort: skip
 from fulltune.cli.app import app
 from fulltune.errors import FulltuneError
 
-__all__ = ["attention", "compare", "corpus", "listing", "main", "search", "tokenizer", "train", "use"]
+__all__ = [
+    "attention",
+    "compare",
+    "corpus",
+    "listing",
+    "main",
+    "search",
+    "tokenizer",
+    "train",
+    "use",
+]
 
 # Newer versions of typer carry a click of their own; this is the base of its errors in either.
 CommandLineError: type[Exception] = next(

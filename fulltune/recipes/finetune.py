@@ -242,8 +242,8 @@ def _refuse_settings_without_effect(config: Config) -> None:
 
 def _refuse_new_layers_that_are_not_trained(config: Config) -> None:
     count, scope = config.reinitialize_layers, config.scope
-    num_trained = {"all": count, "head": 0}.get(scope)
-    if num_trained is None:
+    num_trained = count if scope == "all" else 0
+    if scope.startswith("last"):
         num_trained = int(scope.split()[1])
     if count > num_trained:
         raise ConfigError(

@@ -74,7 +74,7 @@ def test_more_layers_than_the_model_has_are_refused(tiny_bert: Path) -> None:
         started_anew(tiny_bert, 3)
 
 
-@pytest.mark.parametrize("scope", ["head", "last 1 layer"])
+@pytest.mark.parametrize("scope", ["head", "last 1 layer", "lora 4"])
 def test_new_layers_that_would_not_be_trained_are_refused(scope: str) -> None:
     config = build_config(
         finetune.Config,
