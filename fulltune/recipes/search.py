@@ -200,7 +200,7 @@ def run(
                 write_search_page(record, folder / PAGE)
             return record
 
-        publish()  # a search that was killed here is put in order
+        _require_a_result(publish())  # a search that was killed here is put in order
         while True:
             with study.next_trial(lambda found: _is_left(config.budget, found, test)) as trial:
                 if trial is None:
