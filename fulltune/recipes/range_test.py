@@ -23,6 +23,7 @@ import numpy as np
 
 from fulltune.config import Quantity, build_config
 from fulltune.recipes import finetune
+from fulltune.recipes.reference import add_reference
 from fulltune.recipes.search_space import Choices, Range, Space, with_values
 from fulltune.report.search_record import RangeTest
 from fulltune.runtime import start_runtime
@@ -68,6 +69,7 @@ def run(base: Mapping[str, Any], space: Space) -> RangeTest:
     num_tokens = 0
     with finetune.display_of(runtime, title="range test", metric=metric) as display:
         trainer = finetune.assemble(config, None, metric, runtime, display)
+        add_reference(trainer)
         display.num_steps = trainer.num_steps
         trainer.optimizer.factor = lambda step: rates[step] / given.high
         trainer.model.train()
@@ -171,10 +173,7 @@ def load(folder: Path) -> RangeTest | None:
     path = folder / FILE
     if not path.exists():
         return None
-    values = restore_numbers(json.loads(path.read_text(encoding="utf-8")))
-    return RangeTest(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
-    )
+    values: dict[str, Any] = restore_numbers(json.loads(path.read_text(encoding="utf-8")))
+    for name in ("rates", "losses", "smoothed"):
+        values[name] = tuple(values[name])
+    return RangeTest(**values)

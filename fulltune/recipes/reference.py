@@ -63,6 +63,9 @@ def _key(trainer: Trainer, objective: Preference, dataset: JoinedDataset) -> str
         "data": dataset.fingerprint,
         "objective": objective.fingerprint,
         "dtype": str(trainer.precision.dtype),
+        "new_layers": [trainer.config.reinitialize_layers, trainer.config.seed]
+        if trainer.config.reinitialize_layers
+        else None,
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
