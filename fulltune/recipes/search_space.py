@@ -48,6 +48,8 @@ NOT_SEARCHED = {
     "task.too_long": "trials would be compared on different data",
 }
 """Settings and sections that a search cannot vary, and why."""
+MOVES_THE_METRIC = {"task.dpo_beta": ("loss", "margin")}
+"""Settings that are part of a metric, so that it cannot compare their values."""
 MOVES_THE_SPLIT = ("seed", "task.train", "task.deduplicate")
 """Settings that decide which examples are held out, where these come from the training data."""
 
@@ -234,13 +236,19 @@ def check_space(space: Space, base: Mapping[str, Any]) -> None:
     for values in _combinations(space):
         try:
             config = build_config(finetune.Config, with_values(base, values))
-            finetune.check_settings(config)
+            metric = finetune.check_settings(config)
         except ConfigError as error:
             if str(error) == _fault_of(base):
                 raise ConfigError(f"`finetune`: {error}", hint=error.hint) from None
             shown = ", ".join(f"{key}: {written_value(value)}" for key, value in values.items())
             raise ConfigError(f"`space`: {error} (a trial with {shown})", hint=error.hint) from None
         _refuse_moving_splits(space, config.task)
+        for key, metrics in MOVES_THE_METRIC.items():
+            if key in space and metric in metrics:
+                raise ConfigError(
+                    f"`space.{key}` cannot be searched by `{metric}`, of which it is a part",
+                    hint="set another `finetune.evaluate.metric`, such as `preference_accuracy`",
+                )
 
 
 def _fault_of(base: Mapping[str, Any]) -> str | None:
