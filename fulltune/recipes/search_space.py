@@ -67,7 +67,7 @@ class Range:
 
     def __str__(self) -> str:
         unit = f" {self.unit}" if self.unit else ""
-        return f"{self.low:g}..{self.high:g}{unit}{' log' if self.log else ''}"
+        return f"{_short(self.low)}..{_short(self.high)}{unit}{' log' if self.log else ''}"
 
     def setting(self, value: float) -> float | int | str:
         """The value of the setting for a drawn number: four figures of it are enough to read."""
@@ -87,6 +87,11 @@ class Range:
         if self.log:
             return self.setting(math.sqrt(self.low * self.high))
         return self.setting((self.low + self.high) / 2)
+
+
+def _short(number: float) -> str:
+    """As people write it: `1e-6`, not `1e-06`."""
+    return re.sub(r"e([-+])0(?=\d)", r"e\1", f"{number:g}").replace("e+", "e")
 
 
 @dataclass(frozen=True)
