@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fulltune.config import build_config
+from fulltune.config import build_config, read_yaml
 from fulltune.errors import ConfigError, MemoryPlanError, TrainingError, first_line
 from fulltune.recipes import finetune
 from fulltune.recipes.search_space import with_values
@@ -19,12 +19,16 @@ from fulltune.recipes.search_study import Trial
 from fulltune.report.search_record import State
 from fulltune.runtime import return_freed_memory
 from fulltune.tracking import format_number, name_of, read_metrics
-from fulltune.train.run_folder import has_run, read_manifest
+from fulltune.train.run_folder import CONFIG, has_run, read_manifest
 
 
 def settings_of(base: Mapping[str, Any], trial: Trial) -> finetune.Config:
     """The full settings of a trial."""
     values = {**with_values(base, trial.values), "run_dir": str(trial.folder)}
+    first = trial.study.folder_of(0)
+    if values.get("precision", "auto") == "auto" and trial.number > 0 and has_run(first):
+        # Measured once: on a busy machine `auto` could choose differently for each trial.
+        values["precision"] = read_yaml(first / CONFIG)["precision"]
     return build_config(finetune.Config, values)
 
 
