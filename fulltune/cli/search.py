@@ -59,6 +59,12 @@ def search(
         raise typer.Exit(130)
 
 
+def short_names(keys: list[str]) -> list[str]:
+    """The last part of each setting, where no other has the same: a table has little room."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return [name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]
+
+
 def _print_record(record: SearchRecord) -> None:
     from fulltune.report.search_charts import value_text
     from fulltune.report.words import metric_text
@@ -74,7 +80,7 @@ def _print_record(record: SearchRecord) -> None:
 
     print_table(
         f"{record.run_dir}: {record.spent} of {record.budget}",
-        ("trial", name_of(record.metric), "state", *record.space, "reason"),
+        ("trial", name_of(record.metric), "state", *short_names(list(record.space)), "reason"),
         [row(trial) for trial in record.trials],
     )
     if record.importances:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import MissingExtraError, RunFolderError, first_line
 from fulltune.recipes.search_space import Choices, Dimension, Space
-from fulltune.report.search_record import State, TrialRecord
+from fulltune.report.search_record import FEWEST_TO_EXPLAIN, State, TrialRecord
 from fulltune.tracking import read_metrics
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 FILE, TRIALS, LOCK = "search.db", "trials", ".lock"
 REDUCTION = 3
 """Of the trials that come to a rung, the best third goes on to the next one."""
-FEWEST_TO_EXPLAIN = 4
-"""Finished trials without which nothing is said of what explains their results."""
 SECONDS_TO_WAIT = 60
 """For another process that writes into the file."""
 

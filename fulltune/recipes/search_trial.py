@@ -129,12 +129,10 @@ def _finish(trial: Trial, metric: str) -> str:
 
 def _give_up(trial: Trial, metric: str) -> str:
     number = max(trial.evaluations)
-    value = format_number(trial.evaluations[number])
-    reason = (
-        f"{name_of(metric)} {value} is not in the best third of the trials at evaluation {number}"
-    )
+    reason = f"not in the best third at evaluation {number}"
     trial.give_up(reason)
-    return f"given up: {reason}"
+    value = format_number(trial.evaluations[number])
+    return f"given up: {name_of(metric)} {value} is {reason}"
 
 
 def _fail(trial: Trial, state: State, reason: str) -> str:

@@ -17,7 +17,7 @@ from fulltune.tracking import format_number, name_of
 
 _WIDTH, _HEIGHT = 520, 276
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 28, 42
-_AXIS_GAP = 150
+_AXIS_GAP = 190
 """Between two axes of the parallel coordinates."""
 
 
@@ -116,7 +116,8 @@ def parallel_chart(record: SearchRecord) -> str:
             f'{_style(record, trial)}" d="{path}" style="opacity:{opacity:.2f}">'
             f"<title>{escape(_said(record, trial))}</title></path>"
         )
-    return _svg(parts, "Parallel coordinates", width, bottom + 14, "parallel")
+    style = f"max-width: {1.2 * width:.0f}px"
+    return _svg(parts, "Parallel coordinates", width, bottom + 14, "parallel", style)
 
 
 def range_chart(test: RangeTest) -> str:
@@ -191,8 +192,8 @@ def _ticks(scale: Scale) -> list[tuple[float, str]]:
             math.ceil(math.log10(scale.low) - 1e-9), math.floor(math.log10(scale.high) + 1e-9) + 1
         )
         marks = [10.0**power for power in powers]
-        ends = [scale.low, *marks, scale.high]
-        return [(_share(scale, mark), f"{mark:.3g}") for mark in dict.fromkeys(ends)]
+        inner = [mark for mark in marks if 0.07 < _share(scale, mark) < 0.93]
+        return [(_share(scale, mark), f"{mark:.3g}") for mark in (scale.low, *inner, scale.high)]
     marks = [mark for mark in nice_ticks(scale.low, scale.high) if scale.low <= mark <= scale.high]
     return [(_share(scale, mark), f"{mark:.4g}") for mark in marks]
 
@@ -227,8 +228,10 @@ def _axis_names(x_name: str, y_name: str) -> str:
     )
 
 
-def _svg(parts: Sequence[str], title: str, width: float, height: float, kind: str) -> str:
+def _svg(
+    parts: Sequence[str], title: str, width: float, height: float, kind: str, style: str = ""
+) -> str:
     return (
-        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}" role="img" style="{style}" '
         f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
     )

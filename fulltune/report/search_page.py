@@ -10,7 +10,7 @@ from markupsafe import Markup
 from fulltune.report.charts import bar_chart
 from fulltune.report.report import write_page
 from fulltune.report.search_charts import history_chart, parallel_chart, range_chart, value_text
-from fulltune.report.search_record import SearchRecord, TrialRecord
+from fulltune.report.search_record import FEWEST_TO_EXPLAIN, SearchRecord, TrialRecord
 from fulltune.report.words import metric_text, percent_text, title_of, words_of
 from fulltune.tracking import format_duration, format_number
 
@@ -77,6 +77,8 @@ def _describe(record: SearchRecord) -> dict[str, Any]:
         "trials": [_row(record, trial) for trial in sorted(record.trials, key=order)],
         "best": [(key, value_text(value)) for key, value in best.values.items()] if best else [],
         "charts": [(title, Markup(chart)) for title, chart in charts if chart],
+        "few": counts["finished"] < FEWEST_TO_EXPLAIN,
+        "fewest": FEWEST_TO_EXPLAIN,
         "parallel": Markup(parallel_chart(record)),
         "range_test": test,
         "range_text": f"{test.given} narrowed to {test.low:g} to {test.high:g}" if test else "",

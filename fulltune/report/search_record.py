@@ -9,6 +9,9 @@ from typing import Any, Literal, TypeAlias
 State: TypeAlias = Literal["finished", "given up", "failed", "did not fit", "running"]
 """Only a finished trial can be the best."""
 
+FEWEST_TO_EXPLAIN = 4
+"""Finished trials without which nothing is said of what explains their results."""
+
 
 @dataclass(frozen=True)
 class TrialRecord:

@@ -47,7 +47,7 @@ def write_search(
             "num_workers": 0,
         },
         "space": {"optimizer.lr": "1e-5..1e-2 log", "batch": ["4 examples", "8 examples"]},
-        "budget": "5 trials",
+        "budget": "4 trials",
         "run_dir": str(folder / "search"),
     }
     if change:
@@ -223,7 +223,7 @@ def test_the_best_trial_is_kept_its_settings_run_again_and_the_page_stands_alone
     found = json.loads(capsys.readouterr().out)
     assert found["is_over"]
     trials = found["trials"]
-    assert [trial["number"] for trial in trials] == [0, 1, 2, 3, 4]
+    assert [trial["number"] for trial in trials] == [0, 1, 2, 3]
     finished = [trial for trial in trials if trial["state"] == "finished"]
     best = min(finished, key=lambda trial: (trial["result"], trial["number"]))
     assert found["best"] == best["number"]
