@@ -50,7 +50,7 @@ def take(base: Mapping[str, Any], trial: Trial, metric: str) -> tuple[str, bool]
     if was_given_up(trial.folder):  # and killed before the study was told
         return _give_up(trial, metric), False
     start = time.monotonic()
-    watcher = _Watcher(trial, metric)
+    watcher = Watcher(trial, metric)
     result: finetune.Result | None = None
     fault: tuple[State, str] | None = None
     try:
@@ -79,7 +79,7 @@ def take(base: Mapping[str, Any], trial: Trial, metric: str) -> tuple[str, bool]
     return _finish(trial, metric), interrupted
 
 
-class _Watcher:
+class Watcher:
     """Reports every evaluation of a trial to the study, which may give it up."""
 
     def __init__(self, trial: Trial, metric: str) -> None:
