@@ -83,9 +83,9 @@ def _print_record(record: SearchRecord) -> None:
         ("trial", name_of(record.metric), "state", *short_names(list(record.space)), "reason"),
         [row(trial) for trial in record.trials],
     )
-    if record.importances:
-        shares = (f"{key} {share:.0%}" for key, share in record.importances.items())
-        typer.echo(f"what explains the results  {', '.join(shares)}")
+    if record.importances.shares:
+        shares = (f"{key} {share:.0%}" for key, share in record.importances.shares.items())
+        typer.echo(f"{record.importances.title}: {', '.join(shares)}")
     if record.best_trial is not None:
         typer.echo(f"settings  {record.run_dir}/best.yaml")
         typer.echo(f"model     {record.run_dir}/model")

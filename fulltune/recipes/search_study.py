@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulltune.errors import MissingExtraError, RunFolderError, first_line
 from fulltune.recipes.search_space import Choices, Dimension, Space
-from fulltune.report.search_record import FEWEST_TO_EXPLAIN, State, TrialRecord
+from fulltune.report.search_record import FEWEST_TO_EXPLAIN, Importances, State, TrialRecord
 from fulltune.tracking import read_metrics
 
 if TYPE_CHECKING:
@@ -232,22 +232,41 @@ class Study:
             finished, key=lambda each: (sign * (each.result or 0.0), each.number), default=None
         )
 
-    def importances(self) -> dict[str, float]:
-        """How much of the spread of the finished trials' results each setting explains (fANOVA).
+    def importances(self) -> Importances:
+        """How much of the spread of the results each setting explains (fANOVA).
 
-        Hutter, Hoos and Leyton-Brown, 2014. Empty where too few trials differ to say.
+        Hutter, Hoos and Leyton-Brown, 2014. Where trials were given up, results at the end are
+        those of the best ones alone: then it is the first evaluation that is explained, which all
+        trials have. Empty where too few trials differ to say.
         """
         import optuna
 
-        finished = [t for t in self._study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
-        if len(finished) < FEWEST_TO_EXPLAIN or len({trial.value for trial in finished}) < 2:
-            return {}
+        trials = [
+            trial
+            for trial in self._study.get_trials(deepcopy=False)
+            if trial.state.name in ("COMPLETE", "PRUNED")
+        ]
+        at_first = any(trial.state.name == "PRUNED" for trial in trials)
+        values = [
+            trial.intermediate_values[min(trial.intermediate_values)] if at_first else trial.value
+            for trial in trials
+        ]
+        nothing = Importances({}, at_first)
+        if len(trials) < FEWEST_TO_EXPLAIN or len(set(values)) < 2:
+            return nothing
+        study = optuna.create_study(direction=self._study.direction)
+        for trial, value in zip(trials, values, strict=True):
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=trial.params, distributions=trial.distributions, value=value
+                )
+            )
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
         try:
-            found = optuna.importance.get_param_importances(self._study, evaluator=evaluator)
+            found = optuna.importance.get_param_importances(study, evaluator=evaluator)
         except (RuntimeError, ValueError):  # settings that do not differ where the results do
-            return {}
-        return {name: float(share) for name, share in found.items()}
+            return nothing
+        return Importances({name: float(share) for name, share in found.items()}, at_first)
 
 
 @dataclass

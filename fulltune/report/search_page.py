@@ -64,7 +64,7 @@ def _describe(record: SearchRecord) -> dict[str, Any]:
     test = record.range_test
     charts = [
         ("Results in the order of the trials", history_chart(record)),
-        ("What explains the results", _importances(record)),
+        (record.importances.title, _importances(record)),
         ("Range test of the learning rate", range_chart(test) if test else ""),
     ]
     return {
@@ -77,7 +77,7 @@ def _describe(record: SearchRecord) -> dict[str, Any]:
         "trials": [_row(record, trial) for trial in sorted(record.trials, key=order)],
         "best": [(key, value_text(value)) for key, value in best.values.items()] if best else [],
         "charts": [(title, Markup(chart)) for title, chart in charts if chart],
-        "few": counts["finished"] < FEWEST_TO_EXPLAIN,
+        "few": counts["finished"] + counts["given up"] < FEWEST_TO_EXPLAIN,
         "fewest": FEWEST_TO_EXPLAIN,
         "parallel": Markup(parallel_chart(record)),
         "range_test": test,
@@ -101,5 +101,5 @@ def _row(record: SearchRecord, trial: TrialRecord) -> dict[str, Any]:
 
 
 def _importances(record: SearchRecord) -> str:
-    bars = list(record.importances.items())
-    return bar_chart(bars, title="What explains the results", show=percent_text)
+    bars = list(record.importances.shares.items())
+    return bar_chart(bars, title=record.importances.title, show=percent_text)

@@ -10,7 +10,7 @@ State: TypeAlias = Literal["finished", "given up", "failed", "did not fit", "run
 """Only a finished trial can be the best."""
 
 FEWEST_TO_EXPLAIN = 4
-"""Finished trials without which nothing is said of what explains their results."""
+"""Trials without which nothing is said of what explains their results."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,23 @@ class RangeTest:
 
 
 @dataclass(frozen=True)
+class Importances:
+    """What explains the results."""
+
+    shares: Mapping[str, float]
+    """Setting -> its share of what the settings explain; empty for few trials."""
+    at_first_evaluation: bool
+    """Whether the results are those of the first evaluation, and not those at the end."""
+
+    @property
+    def title(self) -> str:
+        """What is explained, in words."""
+        if self.at_first_evaluation:
+            return "What explains the results at the first evaluation"
+        return "What explains the results"
+
+
+@dataclass(frozen=True)
 class SearchRecord:
     """A search so far."""
 
@@ -62,8 +79,7 @@ class SearchRecord:
     trials: Sequence[TrialRecord]
     best: int | None
     """Number of the best finished trial; of equal ones the earliest."""
-    importances: Mapping[str, float]
-    """Setting -> its share of what the settings explain of the results; empty for few trials."""
+    importances: Importances
     space: Mapping[str, str]
     """Dotted setting -> what it may be."""
     scales: Mapping[str, Scale]

@@ -104,16 +104,23 @@ def test_a_metric_that_is_not_a_number_ends_a_trial_by_name(study: Study) -> Non
     assert study.best(study.records()) is None
 
 
-def test_what_explains_the_results_is_said_from_four_finished_trials_on(study: Study) -> None:
+def test_what_explains_the_results_is_said_from_four_trials_on(study: Study) -> None:
     for number in range(6):
-        assert bool(study.importances()) == (number >= 4)
+        assert bool(study.importances().shares) == (number >= 4)
         with study.next_trial(lambda found: True) as trial:
             assert trial is not None
             value = math.log10(trial.values["optimizer.lr"])
+            trial.report(1, -value)
             trial.finish(value, {"accuracy": value})
     found = study.importances()
-    assert sum(found.values()) == pytest.approx(1)
-    assert found["optimizer.lr"] > found["batch"]
+    assert not found.at_first_evaluation
+    assert sum(found.shares.values()) == pytest.approx(1)
+    assert found.shares["optimizer.lr"] > found.shares["batch"]
+    with study.next_trial(lambda found: True) as trial:
+        assert trial is not None
+        trial.report(1, 0.0)
+        trial.give_up("poor")
+    assert study.importances().at_first_evaluation, "some have no result at the end"
 
 
 def test_a_file_that_is_not_a_study_is_refused(tmp_path: Path) -> None:
