@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
 
 import typer
 
@@ -15,20 +15,38 @@ def print_json(value: object) -> None:
     typer.echo(to_json_text(value, indent=2))
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows without borders; what follows the first line of a cell is dimmed."""
+def print_table(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Collection[int] = (),
+) -> None:
+    """Print rows without borders; what follows the first line of a cell is dimmed.
+
+    Args:
+        title: above the table.
+        header: a name for each column.
+        rows: their cells.
+        right: places of columns of numbers, which end at one place.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    console = Console(highlight=False)
+    console.print(Text(title, style="bold"))  # a title of the table would be as narrow as that is
+    table = Table(box=None, pad_edge=False)
     table.padding = (0, 2, 0, 0)
     for index, name in enumerate(header):
-        table.add_column(name, no_wrap=index == 0, overflow="fold", header_style="dim")
+        justify: Literal["left", "right"] = "right" if index in right else "left"
+        table.add_column(
+            name, no_wrap=index == 0, overflow="fold", header_style="dim", justify=justify
+        )
     for row in rows:
         cells = [cell.partition("\n") for cell in row]
         table.add_row(*(Text(first + feed).append(rest, "dim") for first, feed, rest in cells))
-    Console(highlight=False).print(table)
+    console.print(table)
 
 
 def print_entries(title: str, entries: Sequence[tuple[str, str, str, str]]) -> None:
@@ -43,50 +61,6 @@ def print_entries(title: str, entries: Sequence[tuple[str, str, str, str]]) -> N
         console.print(Text(name, style="bold").append(f"  {value}", "not bold"))
         details = Text(meaning).append(f"\n{accepted}", "dim")
         console.print(Padding(details, (0, 0, 0, 4), expand=False))
-
-
-def print_metrics(report: Any) -> None:
-    """The metrics of an evaluation, and a table of its labels or of its kinds of questions."""
-    from fulltune.tracking import format_number
-
-    typer.echo(f"{report.model} on {report.data}: {report.num_examples:,} examples")
-    width = max(len(name) for name in report.metrics)
-    for name, value in report.metrics.items():
-        typer.echo(f"  {name:<{width}}  {format_number(value)}")
-    for name, signature in report.details.get("signatures", {}).items():
-        typer.echo(f"  {name:<{width}}  {signature}")
-    per_label = report.details.get("per_label")
-    if per_label:
-        print_table(
-            "Labels",
-            ("label", "precision", "recall", "f1", "examples"),
-            [
-                (
-                    label, f"{values['precision']:.3f}", f"{values['recall']:.3f}",
-                    f"{values['f1']:.3f}", f"{values['support']:,}",
-                )
-                for label, values in per_label.items()
-            ],
-        )  # fmt: skip
-
-    kinds = {"has_answer": "with an answer", "no_answer": "without one"}
-    parts = {kind: report.details[name] for name, kind in kinds.items() if name in report.details}
-    if parts:
-        print_table(
-            "Questions",
-            ("in their context", "f1", "exact match", "questions"),
-            [
-                (
-                    kind, f"{part['f1']:.3f}", f"{part['exact_match']:.3f}",
-                    f"{part['num_questions']:,}",
-                )
-                for kind, part in parts.items()
-            ],
-        )  # fmt: skip
-        typer.echo(
-            f"  best f1 {report.details['best_f1']:.3f}, with no answer above a probability of "
-            f"{report.details['best_f1_threshold']:.3f} instead of 0.5"
-        )
 
 
 def parse_columns(pairs: list[str] | None) -> dict[str, str]:

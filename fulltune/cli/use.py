@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 import typer
 
 from fulltune.cli.app import FLAG, USE, Device, Json, Model, app
-from fulltune.cli.printing import parse_columns, print_answers, print_json, print_metrics
+from fulltune.cli.evaluation import print_evaluation
+from fulltune.cli.printing import parse_columns, print_answers, print_json
 
 NumBeams: TypeAlias = Annotated[
     int, typer.Option(min=1, metavar="N", help="Beam search over this many answers at once.")
@@ -82,35 +83,44 @@ def evaluate(
         Literal["auto", "13a", "intl", "zh", "char", "none"],
         typer.Option(help="Words of BLEU: a tokenizer of sacreBLEU."),
     ] = "auto",
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Another run or model of the same task, such as the one that training began with: "
+            "both are measured on the same examples and compared one by one.",
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure a model on held-out data."""
+    """Measure a model on held-out data: every metric with its 95% interval, and where it errs.
+
+    Of a run, the result is kept in its folder, and its report shows it.
+    """
     from fulltune.recipes import evaluate as recipe
+    from fulltune.recipes.kept_evaluations import keep_evaluation
     from fulltune.tracking import show_answer
 
     report = recipe.run(
         model, data=data, columns=parse_columns(columns), too_long=too_long,
-        num_samples=samples, generate=generate, tokenize=tokenize, device=device,
+        num_samples=samples, generate=generate, tokenize=tokenize, against=against,
+        device=device,
         search=_given(
             max_new_tokens=max_new_tokens, num_beams=num_beams, length_penalty=length_penalty,
             no_repeat_ngram_size=no_repeat_ngram_size, prefix_text=prefix_text,
         ),
     )  # fmt: skip
+    kept = keep_evaluation(report)
     if as_json:
-        print_json(
-            {
-                "model": report.model, "data": report.data, "num_examples": report.num_examples,
-                "num_targets": report.num_targets, "metrics": report.metrics,
-                "details": report.details,
-                "samples": [sample.as_json() for sample in report.samples],
-            }
-        )  # fmt: skip
-        return
-    print_metrics(report)
-    for sample in (sample.as_json() for sample in report.samples):
-        answers = {"answer": show_answer(sample), "reference": sample["reference"]}
-        print_answers(sample["prompt"], answers)
+        print_json(report.as_json())
+    else:
+        print_evaluation(report)
+        for sample in (sample.as_json() for sample in report.samples):
+            answers = {"answer": show_answer(sample), "reference": sample["reference"]}
+            print_answers(sample["prompt"], answers)
+    if kept is not None:
+        typer.echo(kept, err=True)
 
 
 @app.command(rich_help_panel=USE)
@@ -164,6 +174,16 @@ def predict(
             "model was trained for."
         ),
     ] = "error",
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            metavar=FLAG,
+            help="Classification: multiply in bf16, and exactly where a label could change by it: "
+            "the same labels, several times as fast on many processors; probabilities differ in "
+            "their third digit.",
+        ),
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Answer or label every row of a file; streaming, and resumable."""
@@ -186,7 +206,7 @@ def predict(
     )
     result = recipe.run(
         model, source, output=output, resume=resume, settings=settings,
-        columns=parse_columns(columns), too_long=too_long, device=device,
+        columns=parse_columns(columns), too_long=too_long, quick=quick, device=device,
     )  # fmt: skip
     if result.output is not None:
         kept = f" ({result.num_kept:,} were there)" if result.num_kept else ""

@@ -33,6 +33,7 @@ class JoinedDataset:
 
         self.lengths = joined("lengths")
         self.num_targets = joined("num_targets")
+        self.num_bytes = joined("num_bytes")
         self.num_removed = joined("num_removed")
         self.num_removed_targets = joined("num_removed_targets")
         self.input_hashes = joined("input_hashes")

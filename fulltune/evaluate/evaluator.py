@@ -21,7 +21,7 @@ from fulltune.data.encoding import EncodedExample
 from fulltune.data.tasks import ChatExample, Message, TaskKind, TextExample
 from fulltune.errors import CheckpointError, ConfigError, DataError
 from fulltune.evaluate.measures import MEASURES
-from fulltune.evaluate.metrics import METRICS, language_metrics
+from fulltune.evaluate.metrics import METRICS, guess_metric, language_metrics
 from fulltune.evaluate.text_metrics import Tokenization
 from fulltune.inference import (
     GenerationSettings,
@@ -80,7 +80,8 @@ class EvaluationResult:
     details: dict[str, Any] = field(default_factory=dict)
     """What belongs to the metrics and is no number; see `measures`."""
     outputs: list[Any] = field(default_factory=list)
-    """The objective's `Scores.outputs` of each example, in their order; empty where sums do."""
+    """The objective's `Scores.outputs` of each example, in their order; empty where it gives
+    none."""
 
 
 @dataclass(frozen=True)
@@ -167,16 +168,13 @@ def evaluate_model(
         loss_sum - sentence_loss_sum, num_targets, num_bytes if all_bytes_known else 0
     )
     metrics["loss"] = loss_sum / num_targets
-    if objective.head in ("masked_lm", "sentence_order"):
-        metrics["masked_accuracy"] = num_correct / num_targets
-    elif objective.head != "causal_lm":
-        metrics["target_accuracy"] = num_correct / num_targets
+    if accuracy := guess_metric(objective):
+        metrics[accuracy] = num_correct / num_targets
     if num_sentences:
         metrics["sentence_accuracy"] = num_sentences_correct / num_sentences
     # How often the likeliest token is the right one; of interest, but no metric to stop by.
-    return EvaluationResult(
-        metrics, num_examples, num_targets, {"token_accuracy": num_correct / num_targets}
-    )
+    details = {"token_accuracy": num_correct / num_targets}
+    return EvaluationResult(metrics, num_examples, num_targets, details, outputs)
 
 
 # -- answers before and after ----------------------------------------------------------------------

@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fulltune.data.tasks import TASKS, TaskKind
 from fulltune.errors import ConfigError, DataError, near_names
+
+if TYPE_CHECKING:
+    from fulltune.objectives.base import Objective
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,13 @@ def check_metric(
     suggestion = f"did you mean `{near[0]}`? " if near else ""
     listed = ", ".join(f"`{known}`" for known in possible)
     raise ConfigError(message, hint=f"{suggestion}A {kind} run measures {listed}")
+
+
+def guess_metric(objective: Objective) -> str | None:
+    """The name of the share of tokens that are guessed right; None where it is no metric."""
+    if objective.head in ("masked_lm", "sentence_order"):
+        return "masked_accuracy"
+    return None if objective.head == "causal_lm" else "target_accuracy"
 
 
 def language_metrics(

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from fulltune.data.tasks import TASKS, TaskKind
 from fulltune.errors import ModelError
+from fulltune.inference.quick import bf16_copy
 from fulltune.models.attention import IMPLEMENTATION
 from fulltune.models.loading import (
     PROBLEM_TYPES,
@@ -42,6 +43,8 @@ class Loaded:
     kind: TaskKind
     labels: tuple[str, ...]
     """Of a task that has labels: they in their order; else empty."""
+    quick: PreTrainedModel | None = None
+    """The same model in bf16, where labels are told with its help."""
 
 
 def load_for_inference(
@@ -49,6 +52,7 @@ def load_for_inference(
     *,
     device: torch.device,
     dtype: torch.dtype | None = None,
+    quick: bool = False,
 ) -> Loaded:
     """Load a trained model with its tokenizer and find out what it answers.
 
@@ -56,6 +60,7 @@ def load_for_inference(
         source: a run folder, a model folder, a Hub name, a `.gguf` file or `asset:NAME`.
         device: where the model runs.
         dtype: dtype of the weights; None keeps the stored one.
+        quick: also hold a copy in bf16, with which labels are told quickly; see `quick.py`.
 
     Raises:
         ModelError: the folder is incomplete, or holds a model without a trained head.
@@ -77,7 +82,9 @@ def load_for_inference(
     if TASKS[kind].supervision == "labels":
         names = cast(dict[int, str], model.config.id2label)
         labels = tuple(names[index] for index in range(len(names)))
-    return Loaded(model, tokenizer, path, info, kind, labels)
+    return Loaded(
+        model, tokenizer, path, info, kind, labels, quick=bf16_copy(model) if quick else None
+    )
 
 
 def build_objective(

@@ -69,6 +69,7 @@ def _label(
         cast(Classification, objective),
         cast(Sequence[ClassificationExample], examples),
         batch_tokens=batch_tokens,
+        quick=loaded.quick,
     )
     return [
         {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -56,12 +56,36 @@ class Scores:
     order of the batch and on the CPU. The objective says what it is."""
 
 
-def token_scores(sums: LossSums, num_targets: int) -> Scores:
-    """The scores of an objective whose targets are tokens, without smoothing and z-loss."""
+class DocumentScore(NamedTuple):
+    """What came out for a document whose targets are tokens, or for a window of one."""
+
+    loss: float
+    """Cross-entropy summed over its targets, in nats."""
+    num_targets: int
+    num_correct: int
+
+
+def token_scores(sums: LossSums, document_targets: Sequence[int]) -> Scores:
+    """The scores of an objective whose targets are tokens, without smoothing and z-loss.
+
+    Args:
+        sums: of the targets of all documents, one document after another.
+        document_targets: how many each document has.
+
+    Returns:
+        Scores with a `DocumentScore` for each document as their ``outputs``.
+    """
+    counts = list(document_targets)
+    losses = sums.cross_entropy_N.double().cpu().split(counts)
+    correct = sums.is_correct_N.cpu().split(counts)
     return Scores(
         loss_sum=float(sums.cross_entropy_sum),
-        num_targets=num_targets,
+        num_targets=sum(counts),
         num_correct=int(sums.num_correct),
+        outputs=[
+            DocumentScore(float(losses_N.sum()), count, int(correct_N.sum()))
+            for losses_N, count, correct_N in zip(losses, counts, correct, strict=True)
+        ],
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
 import torch
@@ -47,6 +47,7 @@ class CausalBatch(TypedDict):
     prediction_positions: int64 [N], into the flattened [B * T] tokens: where a target is predicted,
                     which is one token before it. Never the last token of a document.
     target_ids:     int64 [N], the token to be predicted there. There is no ignored value.
+    document_targets: targets of each document, which stand in ``target_ids`` one after another.
     attention_mask: int64 [B, T], 1 on tokens and 0 on padding; absent when packed.
     position_ids, cu_seq_lens_q, ...: document boundaries, present when packed.
     """
@@ -54,6 +55,7 @@ class CausalBatch(TypedDict):
     input_ids: Tensor
     prediction_positions: Tensor
     target_ids: Tensor
+    document_targets: list[int]
     attention_mask: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
     cu_seq_lens_q: NotRequired[Tensor]
@@ -182,15 +184,14 @@ class CausalLM:
         batch, starts_D = collate_tokens(
             examples, packing=self.packing, padding=self.tokenizer.pad_token_id or 0
         )
-        positions = [
-            start + index
+        positions_of = [
+            [start + index for index, target in enumerate(example["targets"]) if target and index]
             for start, example in zip(starts_D.tolist(), examples, strict=True)
-            for index, target in enumerate(example["targets"])
-            if target and index
         ]
-        target_positions = torch.tensor(positions, dtype=torch.int64)
+        target_positions = torch.tensor(list(chain.from_iterable(positions_of)), dtype=torch.int64)
         batch["target_ids"] = batch["input_ids"].flatten()[target_positions]
         batch["prediction_positions"] = target_positions - 1
+        batch["document_targets"] = [len(positions) for positions in positions_of]
         return batch
 
     def num_targets(self, batch: Batch) -> int:
@@ -202,10 +203,13 @@ class CausalLM:
         return self._losses(model, batch).loss_sum
 
     def score(self, model: PreTrainedModel, batch: Batch) -> Scores:
-        """Plain cross-entropy (no smoothing, no z-loss) and how often the first guess was right."""
+        """Plain cross-entropy (no smoothing, no z-loss) and how often the first guess was right.
+
+        ``outputs`` are a `DocumentScore` for each document.
+        """
         with torch.no_grad():
             sums = self._losses(model, batch)
-        return token_scores(sums, self.num_targets(batch))
+        return token_scores(sums, batch["document_targets"])
 
     def _losses(self, model: PreTrainedModel, batch: Batch) -> LossSums:
         output = model.base_model(**model_inputs(batch, MODEL_INPUTS), use_cache=False)

@@ -41,6 +41,8 @@ class LossSums:
     """int64 scalar: positions whose target has the largest logit, the first of equals."""
     cross_entropy_N: Tensor
     """float32 [N]: of each position, without smoothing, z-loss and weights; detached."""
+    is_correct_N: Tensor
+    """bool [N], of which ``num_correct`` is the sum."""
 
 
 class _Settings(NamedTuple):
@@ -106,13 +108,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_N: Tensor,
         bias_V: Tensor | None,
         settings: _Settings,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         num_positions, vocabulary_size = hidden_NH.shape[0], weight_VH.shape[0]
         wanted = [settings.with_gradients and needed for needed in ctx.needs_input_grad]
         reduced = torch.promote_types(hidden_NH.dtype, torch.float32)
         losses_N = hidden_NH.new_empty(num_positions, dtype=reduced)
         token_losses_N = torch.empty_like(losses_N)
-        num_correct = torch.zeros((), dtype=torch.int64, device=hidden_NH.device)
+        is_correct_N = torch.zeros(num_positions, dtype=torch.bool, device=hidden_NH.device)
 
         chunk_bytes = settings.chunk_bytes
         row_bytes = vocabulary_size * hidden_NH.element_size()
@@ -164,7 +166,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     settings,
                     losses_N[place],
                     token_losses_N[place],
-                    num_correct,
+                    is_correct_N[place],
                     grad_bias_V,
                     None if settings.weights_N is None else settings.weights_N[place, None],
                 )
@@ -185,8 +187,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # The terms are added in float64: a step may hold more targets than float32 can count.
         loss_sum = losses_N.sum(dtype=torch.float64).to(reduced)
         cross_entropy_sum = token_losses_N.sum(dtype=torch.float64).to(reduced)
-        ctx.mark_non_differentiable(cross_entropy_sum, num_correct, token_losses_N)
-        return loss_sum, cross_entropy_sum, num_correct, token_losses_N
+        num_correct = is_correct_N.sum()
+        ctx.mark_non_differentiable(cross_entropy_sum, num_correct, token_losses_N, is_correct_N)
+        return loss_sum, cross_entropy_sum, num_correct, token_losses_N, is_correct_N
 
     @staticmethod
     @once_differentiable
@@ -217,11 +220,11 @@ def _score_block(
     settings: _Settings,
     losses_R: Tensor,
     token_losses_R: Tensor,
-    num_correct: Tensor,
+    is_correct_R: Tensor,
     grad_bias_V: Tensor | None,
     weights_R1: Tensor | None,
 ) -> None:
-    """Writes the losses of some rows, and the gradients of their logits over the logits."""
+    """Writes losses, right guesses and, over the logits, their gradients, for some rows."""
     scores_RV, probabilities_RV = buffers_2RV
     scores_RV.copy_(logits_RV)
     if settings.logit_scale != 1.0:
@@ -235,11 +238,11 @@ def _score_block(
     scores_RV.scatter_(1, targets_R1, -torch.inf)
     largest_others_R1 = scores_RV.amax(1, keepdim=True)
     scores_RV.scatter_(1, targets_R1, target_scores_R1)
-    num_correct += (target_scores_R1 > largest_others_R1).sum()
+    is_correct_R.copy_((target_scores_R1 > largest_others_R1)[:, 0])
     tied = (target_scores_R1 == largest_others_R1)[:, 0].nonzero()[:, 0]
     if len(tied):
         first = scores_RV.index_select(0, tied).argmax(1, keepdim=True)
-        num_correct += (first == targets_R1[tied]).sum()
+        is_correct_R[tied] = (first == targets_R1[tied])[:, 0]
 
     # The softmax kernel takes half the time of exp alone; its largest entry is one over the sum.
     torch.softmax(scores_RV, 1, out=probabilities_RV)

@@ -88,6 +88,7 @@ class MaskedBatch(TypedDict):
                       with masks and random tokens in place.
     target_positions: int64 [N], into the flattened [B * T] tokens: where a token is predicted.
     target_ids:       int64 [N], the token that stood there. There is no ignored value.
+    document_targets: how many of them each example has, one after another.
     token_type_ids:   int64 as ``input_ids``, for pairs of segments only.
     attention_mask:   int64 [B, T], 1 on tokens and 0 on padding; absent when packed.
     position_ids, cu_seq_lens_q, ...: boundaries of the examples, present when packed.
@@ -96,6 +97,7 @@ class MaskedBatch(TypedDict):
     input_ids: Tensor
     target_positions: Tensor
     target_ids: Tensor
+    document_targets: list[int]
     token_type_ids: NotRequired[Tensor]
     attention_mask: NotRequired[Tensor]
     position_ids: NotRequired[Tensor]
@@ -188,7 +190,9 @@ class MaskedLM:
 
     def collate(self, examples: Sequence[EncodedExample]) -> Batch:
         """The tensors of one forward pass; see `MaskedBatch`."""
-        return self.collate_masked(examples)[0]
+        batch, _, num_masked = self.collate_masked(examples)
+        batch["document_targets"] = num_masked
+        return batch
 
     def collate_masked(self, examples: Sequence[EncodedExample]) -> tuple[Batch, Tensor, list[int]]:
         """The batch, where each example starts in it (int64 [D]), and its masked tokens each."""
@@ -266,7 +270,7 @@ class MaskedLM:
         """The same loss, and how often the first guess was the hidden token."""
         with torch.no_grad():
             sums = masked_losses(model, batch, last_hidden_states(model, batch))
-        return token_scores(sums, self.num_targets(batch))
+        return token_scores(sums, batch["document_targets"])
 
 
 def last_hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -67,6 +67,7 @@ class PermutationBatch(TypedDict):
                     where an example has fewer than P targets.
     target_rows:    int64 [N], into the flattened [B * P]: the places that have a target.
     target_ids:     int64 [N], the token to be predicted there.
+    document_targets: how many of them each window has, one after another.
     memory_ids:     int64 [B, M], the tokens read before each window, left-padded; with ``groups``.
     groups:         how the rows are run where examples have memories, else absent.
     backward:       bool [B], the rows whose text is reversed, its memory with it; absent where none
@@ -80,6 +81,7 @@ class PermutationBatch(TypedDict):
     target_mapping: Tensor
     target_rows: Tensor
     target_ids: Tensor
+    document_targets: list[int]
     memory_ids: NotRequired[Tensor]
     groups: NotRequired[list[PermutationGroup]]
     backward: NotRequired[Tensor]
@@ -218,6 +220,7 @@ class PermutationLM:
             "target_ids": torch.from_numpy(
                 np.concatenate([window.ids_L[window.targets_P] for window in windows])
             ),
+            "document_targets": [len(window.targets_P) for window in windows],
         }
         if any(window.backward for window in windows):
             batch["backward"] = torch.tensor([window.backward for window in windows])
@@ -251,7 +254,7 @@ class PermutationLM:
         """The same loss, and how often the first guess was right."""
         with torch.no_grad():
             sums = self._losses(model, batch)
-        return token_scores(sums, self.num_targets(batch))
+        return token_scores(sums, batch["document_targets"])
 
     def _losses(self, model: PreTrainedModel, batch: Batch) -> LossSums:
         require_xlnet(model, batch)

@@ -185,7 +185,7 @@ class SequenceToSequence:
         """Plain cross-entropy (no smoothing, no z-loss) and how often the first guess was right."""
         with torch.no_grad():
             sums = self._losses(model, batch)
-        return token_scores(sums, self.num_targets(batch))
+        return token_scores(sums, batch["document_targets"])
 
     def _losses(self, model: PreTrainedModel, batch: Batch) -> LossSums:
         return plain_head_losses(

@@ -46,6 +46,7 @@ class SpanCorruptionBatch(TypedDict):
                     column is the pad token until the loss puts the model's start token there.
     prediction_positions: int64 [N], into the flattened [B * T]: where a target is predicted.
     target_ids:     int64 [N], the token to be predicted there. There is no ignored value.
+    document_targets: how many of them each example has, one after another.
     """
 
     input_ids: Tensor
@@ -53,6 +54,7 @@ class SpanCorruptionBatch(TypedDict):
     decoder_input_ids: Tensor
     prediction_positions: Tensor
     target_ids: Tensor
+    document_targets: list[int]
 
 
 class SpanConfig(Settings):
@@ -259,7 +261,7 @@ class SpanCorruption:
         """Plain cross-entropy (no smoothing, no z-loss) and how often the first guess was right."""
         with torch.no_grad():
             sums = self._losses(model, batch)
-        return token_scores(sums, self.num_targets(batch))
+        return token_scores(sums, batch["document_targets"])
 
     def _losses(self, model: PreTrainedModel, batch: Batch) -> LossSums:
         return plain_head_losses(
@@ -286,6 +288,7 @@ def collate_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, paddi
         "decoder_input_ids": F.pad(targets_BT, (1, -1), value=padding),
         "prediction_positions": is_target_BT.flatten().nonzero()[:, 0],
         "target_ids": targets_BT[is_target_BT],
+        "document_targets": target_lengths_B.tolist(),
     }
     if lengths_B.min() < lengths_B.max():
         mask_BS = torch.arange(int(lengths_B.max()))[None] < lengths_B[:, None]

@@ -14,6 +14,7 @@ from fulltune.errors import ConfigError
 from fulltune.recipes import corpus, evaluate, finetune, pretrain, settings_files, tokenizer
 from fulltune.recipes.chain_checks import check, naming
 from fulltune.recipes.chain_steps import KINDS, EvaluateStep, TokenizerStep, kind_of
+from fulltune.recipes.kept_evaluations import keep_evaluation
 from fulltune.runtime import Runtime, join_ranks
 from fulltune.train.ranks import from_main_rank, on_all_ranks, on_main_rank, patient_group
 from fulltune.train.run_folder import has_run
@@ -142,6 +143,7 @@ def _take_alone(step: Settings, *, resume: bool) -> StepResult:
         return _train_tokenizer(step, resume=resume)
     assert isinstance(step, EvaluateStep)
     report = evaluate.run(step.model, data=step.data, columns=step.columns or None)
+    keep_evaluation(report)
     return StepResult("evaluate", step.model, report.metrics)
 
 

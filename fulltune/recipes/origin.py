@@ -53,6 +53,8 @@ def describe_origin(
     predictor = PREDICTORS[loaded.kind]
     if predictor.truncates:
         values["too_long"] = too_long
+        if loaded.quick is not None:
+            values["quick"] = True
     if predictor.generates:
         values |= (settings or GenerationSettings()).model_dump(mode="json")
     return Origin(model, digest.hexdigest(), values)

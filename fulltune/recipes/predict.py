@@ -73,6 +73,7 @@ def run(
     settings: GenerationSettings | None = None,
     columns: Mapping[str, str] | None = None,
     too_long: Literal["error", "truncate"] = "error",
+    quick: bool = False,
     device: str = "auto",
     dtype: torch.dtype | None = None,
     batch_tokens: int = 8192,
@@ -90,6 +91,8 @@ def run(
         columns: our field name -> the column's name; None is what the model was trained with.
         too_long: classification, sequence to sequence: what happens to a text longer than the model
             was trained for. It cannot be dropped: the row would be missing from the output.
+        quick: classification: multiply in bf16, and exactly where a label could change by it. The
+            labels are the same, probabilities differ in their third digit.
         device: `auto`, `cpu` or `cuda`.
         dtype: dtype of the weights; None keeps the stored one.
         batch_tokens: most tokens of a batch.
@@ -103,7 +106,9 @@ def run(
     """
     started = time.monotonic()
     with columns_as_options():
-        records, layout, loaded = _open(model, source, columns, device, dtype, output, resume)
+        records, layout, loaded = _open(
+            model, source, columns, device, dtype, output, resume, quick
+        )
     _refuse_settings_without_effect(loaded, settings, too_long)
     predictor = PREDICTORS[loaded.kind]
     rows = predictor.rows
@@ -166,6 +171,14 @@ def _refuse_settings_without_effect(
         }
     if not predictor.truncates and too_long != "error":
         given["too_long"] = too_long
+    if loaded.quick is not None and loaded.kind != "classification":
+        raise ConfigError(
+            f"`--quick` has no effect on a model of `task.kind: {loaded.kind}`", hint="leave it out"
+        )
+    if loaded.quick is not None and loaded.model.dtype == torch.bfloat16:
+        raise ConfigError(
+            "`--quick` has no effect on a model that is stored in bf16", hint="leave it out"
+        )
     for name, value in given.items():
         option = f"--{name.replace('_', '-')}"
         raise ConfigError(
@@ -182,6 +195,7 @@ def _open(
     dtype: torch.dtype | None,
     output: Path | None,
     resume: bool,
+    quick: bool,
 ) -> tuple[Iterator[Record], RecordFormat, Loaded]:
     """Everything that can be refused is refused before the output is touched."""
     if resume and output is None:
@@ -200,7 +214,7 @@ def _open(
         )
     records = read_records(source)
     first = list(itertools.islice(records, ROWS_LOOKED_AT))
-    loaded = load_for_inference(model, device=choose_device(device), dtype=dtype)
+    loaded = load_for_inference(model, device=choose_device(device), dtype=dtype, quick=quick)
     config = TaskConfig(kind=loaded.kind, train=source, columns=_columns(columns, loaded))
     layout = recognise_format(
         first,

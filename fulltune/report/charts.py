@@ -48,6 +48,20 @@ class Mark:
     """A CSS class: `spike`, `resume`, `interrupted`, `best`, `note`."""
 
 
+@dataclass(frozen=True)
+class Whisker:
+    """A value between the ends of its interval, which are the value itself where there is none."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    shown: str
+    """The value as text, beside its line."""
+    tip: str
+    """The value and its interval as text."""
+
+
 def line_chart(
     series: Sequence[Series],
     *,
@@ -89,7 +103,7 @@ def line_chart(
                     "points": [[round(place_x(x), 1), x, format_number(y)] for x, y in points],
                 }
             )
-    return _svg(
+    return svg(
         parts, title, _summary(series, y_label), f"{_WIDTH} {_HEIGHT}", "line-chart", hover=hover
     )
 
@@ -121,46 +135,36 @@ def bar_chart(
             f"{escape(show(value))}</text>"
         )
     summary = "; ".join(f"{label} {show(value)}" for label, value in bars[:12])
-    return _svg(parts, title, summary, f"{_WIDTH} {len(bars) * row_height + 8}", "bar-chart")
+    return svg(parts, title, summary, f"{_WIDTH} {len(bars) * row_height + 8}", "bar-chart")
 
 
-def interval_chart(rows: Sequence[tuple[str, float, float]], *, title: str) -> str:
-    """Means with their intervals below one another, on one scale that need not begin at zero.
-
-    Args:
-        rows: name, mean and half the width of the interval, which may be NaN where there is none.
-        title: what is shown.
-    """
-    rows = [row for row in rows if math.isfinite(row[1])]
+def interval_chart(rows: Sequence[Whisker], *, title: str) -> str:
+    """Values with their intervals below one another, on one scale that need not begin at zero."""
+    rows = [row for row in rows if math.isfinite(row.value)]
     if not rows:
         return ""
-    halves = [half if math.isfinite(half) else 0.0 for _, _, half in rows]
-    low, high = _widen(
-        min(mean - half for (_, mean, _), half in zip(rows, halves, strict=True)),
-        max(mean + half for (_, mean, _), half in zip(rows, halves, strict=True)),
-    )
+    low, high = _widen(min(row.low for row in rows), max(row.high for row in rows))
     row_height, left, right, top = 30, 150, 90, 26
 
     def place(value: float) -> float:
         return left + (value - low) / (high - low) * (_WIDTH - left - right)
 
     parts = [f'<text class="axis" x="4" y="14">{escape(title)}</text>']
-    for number, ((name, mean, _), half) in enumerate(zip(rows, halves, strict=True)):
+    for number, row in enumerate(rows):
         y = top + row_height * number + 14
-        shown = f"{format_number(mean)} ± {format_number(half)}" if half else format_number(mean)
         parts.append(
             f'<text class="tick" x="{left - 12}" y="{y + 4}" text-anchor="end">'
-            f"{escape(shorten(name, 22))}</text>"
+            f"{escape(shorten(row.name, 22))}</text>"
             f'<line class="grid" x1="{left}" x2="{_WIDTH - right}" y1="{y}" y2="{y}"/>'
             f'<g class="series-0"><path class="line series-0" '
-            f'd="M{place(mean - half):.1f} {y}H{place(mean + half):.1f}"/>'
-            f'<circle class="dot series-0" cx="{place(mean):.1f}" cy="{y}" r="5">'
-            f"<title>{escape(name)}: {escape(shown)}</title></circle></g>"
-            f'<text class="tick" x="{_WIDTH - right + 8}" y="{y + 4}">{escape(shown)}</text>'
+            f'd="M{place(row.low):.1f} {y}H{place(row.high):.1f}"/>'
+            f'<circle class="dot series-0" cx="{place(row.value):.1f}" cy="{y}" r="5">'
+            f"<title>{escape(row.name)}: {escape(row.tip)}</title></circle></g>"
+            f'<text class="tick" x="{_WIDTH - right + 8}" y="{y + 4}">{escape(row.shown)}</text>'
         )
-    summary = "; ".join(f"{name} {format_number(mean)}" for name, mean, _ in rows)
+    summary = "; ".join(f"{row.name} {row.tip}" for row in rows)
     height = top + row_height * len(rows) + 6
-    return _svg(parts, title, summary, f"{_WIDTH} {height}", "interval-chart")
+    return svg(parts, title, summary, f"{_WIDTH} {height}", "interval-chart")
 
 
 def heat_map(labels: Sequence[str], rows: Sequence[Sequence[float]], *, title: str) -> str:
@@ -205,7 +209,7 @@ def heat_map(labels: Sequence[str], rows: Sequence[Sequence[float]], *, title: s
             parts.append("</g>")
     right = sum(row[index] for index, row in enumerate(rows))
     summary = f"{right:g} of {sum(map(sum, rows)):g} on the diagonal"
-    return _svg(parts, title, summary, f"{width:.0f} {height:.0f}", "heat-map")
+    return svg(parts, title, summary, f"{width:.0f} {height:.0f}", "heat-map")
 
 
 def smooth(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
@@ -391,7 +395,7 @@ def _summary(series: Sequence[Series], y_label: str) -> str:
     return "; ".join(parts)
 
 
-def _svg(
+def svg(
     parts: Sequence[str],
     title: str,
     summary: str,
@@ -400,6 +404,7 @@ def _svg(
     *,
     hover: Sequence[dict[str, object]] = (),
 ) -> str:
+    """A picture with its title, and with what it shows in words for a reader who cannot see it."""
     data = f' data-hover="{escape(json.dumps(hover, ensure_ascii=False))}"' if hover else ""
     label = f"{title}: {summary}" if summary else title
     return (

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
 
-from fulltune.report.charts import interval_chart
+from fulltune.report.charts import Whisker, interval_chart
 from fulltune.report.report import write_page
+from fulltune.tracking import format_number
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,15 @@ def write_compare_page(
     Raises:
         RunFolderError: it cannot be written.
     """
-    chart = Markup(interval_chart(intervals, title=unit))
+    chart = Markup(interval_chart([_whisker(*row) for row in intervals], title=unit))
     return write_page(
         output,
         "compare.html.j2",
         {"title": title, "lead": lead, "tables": tables, "chart": chart},
     )
+
+
+def _whisker(name: str, mean: float, half: float) -> Whisker:
+    known = half if math.isfinite(half) else 0.0
+    shown = f"{format_number(mean)} ± {format_number(known)}" if known else format_number(mean)
+    return Whisker(name, mean, mean - known, mean + known, shown, shown)

@@ -8,6 +8,7 @@ from typing import Any
 
 from fulltune.data.preview_page import length_columns
 from fulltune.data.preview_view import rows_of, visible
+from fulltune.report.evaluations import describe_evaluation
 from fulltune.report.markdown import render_markdown
 from fulltune.report.model_card import flatten
 from fulltune.report.run_charts import (
@@ -61,6 +62,7 @@ def describe_run(run: RunRecord) -> dict[str, Any]:
         "samples": run.samples,
         "confusion": confusion_chart(run.predictions),
         "per_class": _per_class(run.predictions),
+        "evaluations": [describe_evaluation(one) for one in run.evaluations],
         "weight_change": weight_change_chart(run.manifest),
         "memory": memory,
         "memory_chart": memory_bars,

@@ -76,6 +76,8 @@ class RunRecord:
     samples: tuple[SamplePair, ...]
     predictions: Mapping[str, Any]
     model_card: str
+    evaluations: tuple[Mapping[str, Any], ...] = ()
+    """What `fulltune evaluate` kept, the newest first."""
 
     @property
     def start(self) -> Mapping[str, Any]:
@@ -249,6 +251,7 @@ def read_run(folder: Path) -> RunRecord:
         samples=_pair_samples(_read_samples(folder, events)),
         predictions=_read_mapping(folder / "predictions" / "evaluation.json"),
         model_card=card.read_text(encoding="utf-8") if card.exists() else "",
+        evaluations=_read_evaluations(folder / "evaluations"),
     )
 
 
@@ -292,6 +295,25 @@ def _read_mapping(path: Path) -> Mapping[str, Any]:
             hint="the file was changed after the run wrote it; restore or remove it",
         )
     return content
+
+
+def _read_evaluations(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    found = [restore_numbers(_read_mapping(path)) for path in sorted(folder.glob("*.json"))]
+    for path, evaluation in zip(sorted(folder.glob("*.json")), found, strict=True):
+        if missing := _OF_EVALUATIONS - evaluation.keys():
+            raise DataError(
+                f"`{path}` is not what `fulltune evaluate` keeps: it has no "
+                + ", ".join(f"`{name}`" for name in sorted(missing)),
+                hint="the file was changed after it was written; restore or remove it",
+            )
+    return tuple(sorted(found, key=_when_made, reverse=True))
+
+
+_OF_EVALUATIONS = {"made", "model", "data", "num_examples", "metrics", "intervals"}
+
+
+def _when_made(evaluation: Mapping[str, Any]) -> str:
+    return str(evaluation["made"])
 
 
 def _read_samples(folder: Path, events: list[dict[str, Any]]) -> list[Mapping[str, Any]]:

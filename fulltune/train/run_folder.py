@@ -22,6 +22,8 @@ S = TypeVar("S", bound=Settings)
 CONFIG, MANIFEST, CHECKPOINTS, MODEL = "config.yaml", "manifest.json", "checkpoints", "model"
 MODEL_LAST = "model-last"
 """Weights of the last step, where those of an earlier one were the best."""
+EVALUATIONS = "evaluations"
+"""Results of `fulltune evaluate`, a file for each data set."""
 LOCK = ".lock"
 SETTINGS_BEING_WRITTEN = (f".{CONFIG}.", ".search.yaml.")
 """How the names of temporary files begin that a run or a search leaves when killed at its start."""

@@ -69,7 +69,9 @@ def test_loss_and_gradients_equal_the_plain_loss_for_any_chunk(num_rows, options
     torch.testing.assert_close(sums.loss_sum, expected, rtol=1e-6, atol=0)
     token_losses = F.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(sums.cross_entropy_sum, token_losses.sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums.cross_entropy_N, token_losses, rtol=1e-5, atol=1e-6)
     assert sums.num_correct == (logits.argmax(-1) == targets).sum()
+    assert (sums.is_correct_N == (logits.argmax(-1) == targets)).all()
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert (grad - expected_grad).norm() < 2e-6 * expected_grad.norm()
 
