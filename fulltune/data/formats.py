@@ -5,22 +5,10 @@ How conversations are read stands in `chat_formats.py`.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fulltune.data.chat_formats import (
-    alpaca_messages,
-    openai_messages,
-    preferred_messages,
-    preferred_sharegpt_messages,
-    prompt_completion_messages,
-    sharegpt_messages,
-)
-from fulltune.data.pair_formats import source_target, text_summary, translation
-from fulltune.data.question_formats import question_example
+from fulltune.data.layouts import LAYOUTS, Layout
 from fulltune.data.records import Record
 from fulltune.data.rows import Row, listed, missing_column
 from fulltune.data.tag_formats import (
@@ -28,22 +16,13 @@ from fulltune.data.tag_formats import (
     in_iob2,
     recut,
     scheme_of_rows,
-    tagged_text,
-    tagged_words,
 )
 from fulltune.data.tags import TagScheme, scheme_name
 from fulltune.data.tasks import (
-    ChatExample,
-    ClassificationExample,
     Example,
-    Message,
-    MultiLabelExample,
-    PreferenceExample,
-    RegressionExample,
     TaggingExample,
     TaskConfig,
     TaskKind,
-    TextExample,
 )
 from fulltune.errors import ConfigError, DataError
 
@@ -64,22 +43,6 @@ class RecordFormat:
     """What tags are written in, where there are any."""
     words_at_spaces: bool = False
     """Tagging: whether words were cut from texts at spaces alone, or texts are to be."""
-
-
-@dataclass(frozen=True)
-class _Layout:
-    kind: TaskKind
-    fields: tuple[str, ...]
-    answer: str | None
-    """The field among `fields` that prediction does without."""
-    optional_fields: tuple[str, ...]
-    description: str
-    example: Callable[[Row, bool], Example]
-    """A row -> what it holds; the second says whether it needs its answer or label."""
-    keys: tuple[str, ...] = ()
-    """Fields among `optional_fields` that are no columns but keys within the first field."""
-    other_names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """Names under which a field is found as well."""
 
 
 def recognise_format(
@@ -145,15 +108,15 @@ def make_example(
     Raises:
         DataError: the row is not what the format says, with its file and line.
     """
-    assert _LAYOUTS[format.name].kind == kind, f"{format.name} is no format of kind {kind}"
+    assert LAYOUTS[format.name].kind == kind, f"{format.name} is no format of kind {kind}"
     columns = dict(format.columns)
-    answer = _LAYOUTS[format.name].answer
+    answer = LAYOUTS[format.name].answer
     if answer is not None and not needs_label:
         # A test set often has the column and leaves it empty.
         column = columns.get(answer, answer)
         if record.fields.get(column) in (None, ""):
             columns.pop(answer, None)
-    example = _LAYOUTS[format.name].example(Row(record, columns), needs_label)
+    example = LAYOUTS[format.name].example(Row(record, columns), needs_label)
     if format.tag_scheme is not None and isinstance(example, TaggingExample):
         return in_iob2(example, format.tag_scheme)
     if format.words_at_spaces and isinstance(example, TaggingExample):
@@ -164,8 +127,8 @@ def make_example(
 # Recognition
 
 
-def _possible_layouts(config: TaskConfig) -> dict[str, _Layout]:
-    possible = {name: layout for name, layout in _LAYOUTS.items() if layout.kind == config.kind}
+def _possible_layouts(config: TaskConfig) -> dict[str, Layout]:
+    possible = {name: layout for name, layout in LAYOUTS.items() if layout.kind == config.kind}
     if config.format != "auto":
         if config.format not in possible:
             raise ConfigError(
@@ -192,12 +155,12 @@ def _possible_layouts(config: TaskConfig) -> dict[str, _Layout]:
     return named
 
 
-def _needed(layout: _Layout, *, needs_label: bool) -> list[str]:
+def _needed(layout: Layout, *, needs_label: bool) -> list[str]:
     return [field for field in layout.fields if needs_label or field != layout.answer]
 
 
 def _fits(
-    name: str, layout: _Layout, record: Record, columns: Mapping[str, str], *, needs_label: bool
+    name: str, layout: Layout, record: Record, columns: Mapping[str, str], *, needs_label: bool
 ) -> bool:
     if name in ("messages", "sharegpt"):
         turns = record.fields.get(_turns_column(name, record, columns))
@@ -213,7 +176,7 @@ def _fits(
     return all(_column(layout, field, record, columns) in record.fields for field in needed)
 
 
-def _column(layout: _Layout, field: str, record: Record, columns: Mapping[str, str]) -> str:
+def _column(layout: Layout, field: str, record: Record, columns: Mapping[str, str]) -> str:
     """The column of a field: that which is asked for, or one of its names that the row has."""
     if field in columns:
         return columns[field]
@@ -223,7 +186,7 @@ def _column(layout: _Layout, field: str, record: Record, columns: Mapping[str, s
 
 def _turns_column(name: str, record: Record, columns: Mapping[str, str]) -> str:
     """Either style of turns is found under either name in the wild."""
-    field = _LAYOUTS[name].fields[0]
+    field = LAYOUTS[name].fields[0]
     if field in columns:
         return columns[field]
     names = (field, "messages", "conversations", "conversation")
@@ -231,7 +194,7 @@ def _turns_column(name: str, record: Record, columns: Mapping[str, str]) -> str:
 
 
 def _columns(
-    layout: _Layout, records: Sequence[Record], config: TaskConfig, *, needs_label: bool
+    layout: Layout, records: Sequence[Record], config: TaskConfig, *, needs_label: bool
 ) -> dict[str, str]:
     if layout.fields[0] in ("messages", "conversations"):
         name = "messages" if layout.fields[0] == "messages" else "sharegpt"
@@ -255,7 +218,7 @@ def _columns(
     return columns
 
 
-def _describe(layout: _Layout, columns: Mapping[str, str]) -> str:
+def _describe(layout: Layout, columns: Mapping[str, str]) -> str:
     description = layout.description.format(**{field: f"`{field}`" for field in layout.fields})
     renamed = [
         f"`{ours}` is column `{theirs}`" for ours, theirs in columns.items() if ours != theirs
@@ -265,7 +228,7 @@ def _describe(layout: _Layout, columns: Mapping[str, str]) -> str:
 
 def _unrecognised(
     records: Sequence[Record],
-    possible: Mapping[str, _Layout],
+    possible: Mapping[str, Layout],
     config: TaskConfig,
     *,
     needs_label: bool,
@@ -299,7 +262,7 @@ def _unrecognised(
 
 
 def _example_of_columns(
-    record: Record, possible: Mapping[str, _Layout], *, needs_label: bool
+    record: Record, possible: Mapping[str, Layout], *, needs_label: bool
 ) -> str:
     """A mapping of the row's own columns: onto single texts, as such rows have other names."""
     layout = possible.get("prompt_completion") or next(iter(possible.values()))
@@ -313,7 +276,7 @@ def _example_of_columns(
 def _without_turns(records: Sequence[Record], columns: Mapping[str, str]) -> DataError | None:
     """The first row that spoils a file whose rows are conversations otherwise."""
     for name in ("messages", "sharegpt"):
-        layout = _LAYOUTS[name]
+        layout = LAYOUTS[name]
         odd = [row for row in records if not _fits(name, layout, row, columns, needs_label=True)]
         if not odd or len(odd) == len(records):
             continue
@@ -328,263 +291,3 @@ def _without_turns(records: Sequence[Record], columns: Mapping[str, str]) -> Dat
 
 def _place(where: str) -> str:
     return where.rpartition(":")[0] or where
-
-
-# Rows
-
-
-def _chat(messages_of: Callable[[Row], list[Message]]) -> Callable[[Row, bool], Example]:
-    def example(row: Row, needs_label: bool) -> Example:
-        messages = messages_of(row)
-        if needs_label and not any(message.role == "assistant" for message in messages):
-            raise row.error(
-                "no assistant turn, so there is nothing to train on", hint="drop the row"
-            )
-        return ChatExample(tuple(messages), row.record.where)
-
-    return example
-
-
-def _preference(
-    messages_of: Callable[[Row], tuple[list[Message], list[Message]]],
-) -> Callable[[Row, bool], Example]:
-    def example(row: Row, needs_label: bool) -> Example:
-        chosen, rejected = messages_of(row)
-        for name, messages in (("chosen", chosen), ("rejected", rejected)):
-            if messages[-1].role != "assistant":
-                raise row.error(
-                    f"the {name} conversation ends with a turn of `{messages[-1].role}`",
-                    hint="the last turn is the answer, of the assistant",
-                )
-        if chosen[:-1] != rejected[:-1]:
-            raise row.error(
-                "the chosen and the rejected answer have different prompts",
-                hint="both must answer the same turns",
-            )
-        return PreferenceExample(tuple(chosen), tuple(rejected), row.record.where)
-
-    return example
-
-
-def _text(row: Row, needs_label: bool) -> Example:
-    return TextExample(row.text("text"), row.record.where)
-
-
-def _text_pair(row: Row) -> str | None:
-    pair = row.text("text_pair") if "text_pair" in row.columns else None
-    if pair is None and row.optional("text_pair") is not None:
-        raise row.error(
-            f"has a `text_pair`, which none of the first {ROWS_LOOKED_AT} rows has",
-            hint="set `task.columns={text_pair: text_pair}` if each row has one, or drop it",
-        )
-    return pair
-
-
-def _classification(row: Row, needs_label: bool) -> Example:
-    label = _label(row, needs_label=needs_label)
-    return ClassificationExample(row.text("text"), _text_pair(row), label, row.record.where)
-
-
-def _multi_label(row: Row, needs_label: bool) -> Example:
-    column = row.columns.get("labels", "labels")
-    value = row.value("labels") if needs_label else row.optional("labels")
-    if isinstance(value, str) and value.lstrip().startswith("["):  # of a table: JSON in a cell
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise row.error(f"field `{column}` is not a list in JSON: {value}") from None
-    if value is None and not needs_label:
-        value = []
-    if not isinstance(value, list) or not all(isinstance(label, str | int) for label in value):
-        raise row.error(
-            f"field `{column}` must be a list of labels, not {value!r}",
-            hint='write a list, in a table as JSON: `["a", "b"]`, and `[]` for no label',
-        )
-    labels = tuple(row.checked_text(str(label), f"a label in field `{column}`") for label in value)
-    if len(set(labels)) != len(labels):
-        raise row.error(f"field `{column}` names a label twice: {', '.join(labels)}")
-    return MultiLabelExample(row.text("text"), _text_pair(row), labels, row.record.where)
-
-
-def _regression(row: Row, needs_label: bool) -> Example:
-    column = row.columns.get("score", "score")
-    value = row.value("score") if needs_label else row.optional("score")
-    if isinstance(value, str):  # of a table without types
-        try:
-            value = float(value)
-        except ValueError:
-            raise row.error(f"field `{column}` is `{value}`, and a score is a number") from None
-    if value is None and not needs_label:
-        return RegressionExample(row.text("text"), _text_pair(row), None, row.record.where)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise row.error(
-            f"field `{column}` must be a finite number, not {value!r}",
-            hint="correct the row, or drop it; classes are for `task.kind: classification`",
-        )
-    return RegressionExample(row.text("text"), _text_pair(row), float(value), row.record.where)
-
-
-def _label(row: Row, *, needs_label: bool) -> str | None:
-    column = row.columns.get("label", "label")
-    value = row.value("label") if needs_label else row.optional("label")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # integers become floats in a table where one of them is missing
-    if value is None or (isinstance(value, float) and math.isnan(value)) or value == "":
-        if needs_label:
-            raise row.error(f"field `{column}` is empty", hint="add the label, or drop the row")
-        return None
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        raise row.error(
-            f"field `{column}` is {value}, and a label is a class",
-            hint="use `task.kind: regression`, or write classes, for example `low` and `high`",
-        )
-    if isinstance(value, list):
-        raise row.error(
-            f"field `{column}` is a list, and an example has exactly one label",
-            hint="use `task.kind: multi_label`",
-        )
-    return row.checked_text(value, f"field `{column}`")
-
-
-_LAYOUTS: dict[str, _Layout] = {
-    "messages": _Layout(
-        kind="chat",
-        fields=("messages",),
-        answer=None,
-        optional_fields=("system",),
-        description="OpenAI messages: {messages} is a list of turns with `role` and `content`",
-        example=_chat(openai_messages),
-    ),
-    "sharegpt": _Layout(
-        kind="chat",
-        fields=("conversations",),
-        answer=None,
-        optional_fields=("system",),
-        description="ShareGPT: {conversations} is a list of turns with `from` and `value`",
-        example=_chat(sharegpt_messages),
-    ),
-    "alpaca": _Layout(
-        kind="chat",
-        fields=("instruction", "output"),
-        answer="output",
-        optional_fields=("input", "history", "system"),
-        description="Alpaca: the prompt is {instruction} and, where `input` is not empty, "
-        "a blank line and `input`; the answer is {output}",
-        example=_chat(alpaca_messages),
-    ),
-    "prompt_completion": _Layout(
-        kind="chat",
-        fields=("prompt", "completion"),
-        answer="completion",
-        optional_fields=("system",),
-        description="prompt and completion: {prompt} is the user's turn, or a list of turns; "
-        "{completion} is the assistant's",
-        example=_chat(prompt_completion_messages),
-    ),
-    "preference": _Layout(
-        kind="preference",
-        fields=("chosen", "rejected"),
-        answer=None,
-        optional_fields=("prompt", "system"),
-        description="preferences: {chosen} and {rejected} are answers to `prompt`, or whole "
-        "conversations",
-        example=_preference(preferred_messages),
-    ),
-    "preference_sharegpt": _Layout(
-        kind="preference",
-        fields=("conversations", "chosen", "rejected"),
-        answer=None,
-        optional_fields=("system",),
-        description="preferences in ShareGPT: {conversations} are turns with `from` and `value`, "
-        "{chosen} and {rejected} the last one",
-        example=_preference(preferred_sharegpt_messages),
-    ),
-    "text": _Layout(
-        kind="text",
-        fields=("text",),
-        answer=None,
-        optional_fields=(),
-        description="plain text: {text} is a document",
-        example=_text,
-    ),
-    "classification": _Layout(
-        kind="classification",
-        fields=("text", "label"),
-        answer="label",
-        optional_fields=("text_pair",),
-        description="classification: {text}, with `text_pair` where there is one, has one {label}",
-        example=_classification,
-    ),
-    "multi_label": _Layout(
-        kind="multi_label",
-        fields=("text", "labels"),
-        answer="labels",
-        optional_fields=("text_pair",),
-        description="many labels: {text}, with `text_pair` where there is one, has the {labels}",
-        example=_multi_label,
-    ),
-    "regression": _Layout(
-        kind="regression",
-        fields=("text", "score"),
-        answer="score",
-        optional_fields=("text_pair",),
-        description="regression: {text}, with `text_pair` where there is one, has one {score}",
-        example=_regression,
-    ),
-    "question_answering": _Layout(
-        kind="question_answering",
-        fields=("question", "context"),
-        answer=None,
-        optional_fields=("answers", "answer", "answer_start", "id", "is_impossible"),
-        description="question answering: {question} is answered by a piece of {context}, which "
-        "`answers` or `answer` gives",
-        example=question_example,
-    ),
-    "source_target": _Layout(
-        kind="sequence_to_sequence",
-        fields=("source", "target"),
-        answer="target",
-        optional_fields=(),
-        description="source and target: {source} is read, {target} is written for it",
-        example=source_target,
-    ),
-    "summary": _Layout(
-        kind="sequence_to_sequence",
-        fields=("text", "summary"),
-        answer="summary",
-        optional_fields=(),
-        description="summaries: {text} is read, {summary} is written for it",
-        example=text_summary,
-    ),
-    "translation": _Layout(
-        kind="sequence_to_sequence",
-        fields=("translation",),
-        answer=None,
-        optional_fields=("source", "target"),
-        description="translations: {translation} holds a text by language",
-        example=translation,
-        keys=("source", "target"),
-    ),
-    "words": _Layout(
-        kind="token_classification",
-        fields=("words", "tags"),
-        answer="tags",
-        optional_fields=(),
-        description="words: {words} is a list of words with one of {tags} each",
-        example=tagged_words,
-        other_names={"words": ("tokens",), "tags": ("ner_tags",)},
-    ),
-    "spans": _Layout(
-        kind="token_classification",
-        fields=("text", "spans"),
-        answer="spans",
-        optional_fields=(),
-        description="spans: {text} has entities in {spans}, with `start`, `end` and `label`",
-        example=tagged_text,
-        other_names={"spans": ("entities",)},
-    ),
-}

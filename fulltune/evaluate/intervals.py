@@ -122,7 +122,8 @@ def resampled_sums(parts_DS: Floats, seed: int, num_resamples: int) -> Floats:
 def sums_without_one(parts_DS: Floats) -> Floats:
     """The sums of all examples but one, for each of them: float64 [D, S]."""
     with np.errstate(invalid="ignore"):  # infinity less infinity is not a number
-        return parts_DS.sum(axis=0) - parts_DS
+        left: Floats = parts_DS.sum(axis=0) - parts_DS
+    return left
 
 
 def bootstrap_interval(
