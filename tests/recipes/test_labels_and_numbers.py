@@ -52,7 +52,7 @@ def numbered(path: Path) -> Path:
     return write(path, rows)
 
 
-def trained(tmp_path: Path, model: Path, kind: str, data: Path, steps: int = 250) -> Path:
+def trained(tmp_path: Path, model: Path, kind: str, data: Path, steps: int = 400) -> Path:
     config = build_config(
         finetune.Config,
         {
