@@ -27,7 +27,14 @@ SHORT = [
     "evaluate.num_samples=1",
 ]
 SHORT_TASK = {
-    "configs/trec-minilm.yaml": SHORT[:3],
+    **dict.fromkeys(
+        (
+            *("configs/trec-minilm.yaml", "configs/trec-labels.yaml", "configs/movie-scores.yaml"),
+            *("configs/us-addresses.yaml", "configs/squad-minilm.yaml"),
+        ),
+        SHORT[:3],
+    ),
+    "configs/dpo-smollm2.yaml": SHORT,
     "configs/smollm2-chat.yaml": SHORT,
     "configs/translate-smollm2.yaml": SHORT,
     "configs/summarize-smollm2.yaml": SHORT,
