@@ -134,7 +134,7 @@ def print_result(result: dict[str, Any]) -> None:
     machine, settings, rows = result["machine"], result["settings"], result["num_rows"]
     baselines = [peer for peer in result["peers"] if peer.startswith("pipeline")]
     table = Table(title=f"{rows:,} rows, {result['mean_characters']:.0f} characters on the mean")
-    names = [f"against {peer}" for peer in baselines]
+    names = [f"against {peer.removeprefix('pipeline-')}" for peer in baselines]
     for name in ("peer", "seconds", "rows/s", *names, "other labels", "peak GiB"):
         table.add_column(name, justify="left" if name == "peer" else "right")
     for peer, row in result["peers"].items():
