@@ -137,6 +137,7 @@ class _Words:
 def _rouge(answers: Sequence[str], references: Sequence[str]) -> tuple[dict[str, float], str]:
     """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-Lsum (Lin, 2004), and their signature."""
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
     text = "".join(references)
     num_letters = max(1, sum(map(str.isalpha, text)))
@@ -144,9 +145,9 @@ def _rouge(answers: Sequence[str], references: Sequence[str]) -> tuple[dict[str,
     # rouge-score's own words are made of a-z and 0-9 alone: of Chinese or Russian nothing is left.
     own = latin >= (1 - _SHARE) * num_letters
     names = ["rouge1", "rouge2", "rougeLsum"]
-    scorer: Any = (
-        RougeScorer(names, use_stemmer=True) if own else RougeScorer(names, tokenizer=_Words())
-    )
+    # Left to itself, the scorer takes the same tokenizer and logs that it does.
+    words_of = DefaultTokenizer(use_stemmer=True) if own else _Words()
+    scorer: Any = RougeScorer(names, tokenizer=words_of)
     scores = [
         scorer.score(reference, answer)
         for answer, reference in zip(answers, references, strict=True)

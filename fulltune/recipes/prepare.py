@@ -330,6 +330,8 @@ def sides(split: Split, task: TaskConfig) -> dict[str, IntArray]:
 def _notes_on_rows(dataset: JoinedDataset, task: TaskConfig) -> list[str]:
     """What the user must know of rows that are not in the data set."""
     reason = "longer than `task.max_length`" if task.too_long == "drop" else "without any token"
+    if task.too_long == "drop" and task.max_target_length is not None:
+        reason += " or `task.max_target_length`"
     notes = [
         f"{side}{part.num_left_out:,} of {part.num_records:,} rows left out: {reason}"
         for side, part in zip(("", "validation: "), dataset.parts, strict=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,19 @@ def test_a_row_that_cannot_be_used_is_named(tiny_t5: Path, tmp_path: Path) -> No
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with pytest.raises(DataError, match=r"pairs\.jsonl:6: field `target` is empty"):
         finetune.run(make_config(tmp_path / "run", tiny_t5, data))
+
+
+def test_pairs_that_are_left_out_are_counted_with_the_reason(
+    tiny_t5: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = {
+        "kind": "sequence_to_sequence", "train": str(pairs_file), "validation": "6 examples",
+        "max_target_length": 3, "too_long": "drop",
+    }  # fmt: skip
+    preview.run(make_config(tmp_path / "run", tiny_t5, pairs_file, task=task), num_samples=0)
+    said = " ".join(capsys.readouterr().err.split())
+    reason = r"longer than `task\.max_length` or `task\.max_target_length`"
+    assert re.search(rf"\d+ of 40 rows left out: {reason}", said)
 
 
 def test_a_killed_run_resumes_to_the_same_weights(
