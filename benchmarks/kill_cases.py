@@ -52,7 +52,7 @@ OF_EVERY_RUN: Moments = {
 OF_FINE_TUNING: Moments = {
     "reading data": (finetune, "prepare"),
     **OF_EVERY_RUN,
-    "sampling": (measuring, "sample_answers"),
+    "sampling": (measuring, "sample_examples"),
 }
 OF_PRE_TRAINING: Moments = {
     "making the model": (pretrain, "make_model"),

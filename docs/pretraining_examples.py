@@ -204,7 +204,7 @@ def print_sentence_order() -> None:
         arranged = objective.arrange(Documents(encoded), range(len(encoded)), seed=5)
         for index in range(len(arranged)):
             example = arranged[index]
-            print(f"{kind:5} label {example['label']}: {line(example['input_ids'])}")
+            print(f"{kind:5} label {example['labels'][0]}: {line(example['input_ids'])}")
 
 
 def print_permutation_lm() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ def test_all_peers_give_every_row_the_same_label(
     ended = subprocess.run(
         [sys.executable, str(SCRIPT), *options.split(), "--threads", "1", "--json", "out.json"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "COLUMNS": "120"},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))

@@ -35,7 +35,7 @@ SHORT_TASK = {
         SHORT[:3],
     ),
     # What the model gave both answers is computed for all pairs that fit.
-    "configs/dpo-smollm2.yaml": [*SHORT, "task.max_length=96"],
+    "configs/dpo-smollm2.yaml": [*SHORT, "task.max_length=256"],
     "configs/smollm2-chat.yaml": SHORT,
     "configs/translate-smollm2.yaml": SHORT,
     "configs/summarize-smollm2.yaml": SHORT,
