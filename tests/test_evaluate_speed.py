@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +31,6 @@ def test_all_peers_give_every_row_the_same_label(
     ended = subprocess.run(
         [sys.executable, str(SCRIPT), *options.split(), "--threads", "1", "--json", "out.json"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "COLUMNS": "120"},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
@@ -41,4 +39,4 @@ def test_all_peers_give_every_row_the_same_label(
         "fulltune": 0, "fulltune-quick": 0, "pipeline": 0, "pipeline-batched": 0,
     }  # fmt: skip
     assert all(row["seconds"] > 0 for row in result["peers"].values())
-    assert "pipeline-batched" in ended.stdout
+    assert "60 rows" in ended.stdout
