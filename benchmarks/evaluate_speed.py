@@ -136,7 +136,8 @@ def print_result(result: dict[str, Any]) -> None:
     table = Table(title=f"{rows:,} rows, {result['mean_characters']:.0f} characters on the mean")
     names = [f"against {peer.removeprefix('pipeline-')}" for peer in baselines]
     for name in ("peer", "seconds", "rows/s", *names, "other labels", "peak GiB"):
-        table.add_column(name, justify="left" if name == "peer" else "right")
+        is_peer = name == "peer"
+        table.add_column(name, justify="left" if is_peer else "right", no_wrap=is_peer)
     for peer, row in result["peers"].items():
         table.add_row(
             peer, f"{row['seconds']:.1f}", f"{rows / row['seconds']:,.0f}",

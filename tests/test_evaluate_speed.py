@@ -39,4 +39,4 @@ def test_all_peers_give_every_row_the_same_label(
         "fulltune": 0, "fulltune-quick": 0, "pipeline": 0, "pipeline-batched": 0,
     }  # fmt: skip
     assert all(row["seconds"] > 0 for row in result["peers"].values())
-    assert "60 rows" in ended.stdout
+    assert "pipeline-batched" in ended.stdout
