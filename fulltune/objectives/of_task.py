@@ -83,28 +83,24 @@ class TaskObjective:
         return any(offers_head(model_type, head) for head in heads)
 
 
+def _language_model(settings: ObjectiveSettings) -> dict[str, Any]:
+    return {
+        "tokenizer": settings.tokenizer,
+        "max_length": settings.max_length,
+        "too_long": settings.too_long,
+        "packing": family_of(settings.config).can_pack,
+        "label_smoothing": settings.label_smoothing,
+        "z_loss": settings.z_loss,
+        "special_tokens": settings.special_tokens,
+    }
+
+
 def _causal_lm(settings: ObjectiveSettings) -> CausalLM:
-    return CausalLM(
-        settings.tokenizer,
-        settings.max_length,
-        settings.too_long,
-        packing=family_of(settings.config).can_pack,
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-        special_tokens=settings.special_tokens,
-    )
+    return CausalLM(**_language_model(settings))
 
 
 def _preference(settings: ObjectiveSettings) -> Preference:
-    return Preference(
-        settings.tokenizer,
-        settings.max_length,
-        settings.too_long,
-        packing=family_of(settings.config).can_pack,
-        label_smoothing=settings.label_smoothing,
-        special_tokens=settings.special_tokens,
-        beta=settings.beta,
-    )
+    return Preference(**_language_model(settings), beta=settings.beta)
 
 
 def _reader(settings: ObjectiveSettings) -> dict[str, Any]:
@@ -174,13 +170,7 @@ def _sequence_to_sequence(settings: ObjectiveSettings) -> SequenceToSequence | P
         )
     has_template = bool(settings.tokenizer.chat_template)
     return PromptedLM(
-        settings.tokenizer,
-        settings.max_length,
-        settings.too_long,
-        packing=family_of(settings.config).can_pack,
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-        special_tokens=settings.special_tokens,
+        **_language_model(settings),
         prompt=settings.prompt or (SOURCE_FIELD if has_template else f"{SOURCE_FIELD}\n"),
         max_target_length=settings.max_target_length or context,
         context=context,
